@@ -34,13 +34,14 @@ import urllib.request
 import warnings
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Tuple
-from typing import Type, TypedDict, Union, cast
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple, NoReturn
+from typing import Optional, Tuple, Type, TypedDict, Union, cast
 
-try:
-    import ssl  # costs nothing here: http.client has imported it, where there is one
-except ImportError:  # a Python built without it: http works, https is refused by name
-    ssl = None  # type: ignore[assignment]
+# http.client, imported above, has imported ssl wherever there is one. In a Python built without
+# it http works, and https is refused by name.
+_HAS_SSL = sys.modules.get("ssl") is not None
+if TYPE_CHECKING or _HAS_SSL:
+    import ssl
 
 __all__ = [
     "APIError",
@@ -330,11 +331,19 @@ def _misfit(expected: str, data: Dict[str, Any], key: str, path: str) -> NoRetur
     raise ResponseValidationError(f"{path}.{key}: expected {expected}, got {got}")
 
 
-def _kind(value: Any) -> str:
-    """Name a decoded value as JSON does."""
-    names = {str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
-    names.update({dict: "object", list: "array"})
-    return names.get(type(value), type(value).__name__)
+_JSON_NAMES: Dict[type, str] = {
+    str: "string",
+    int: "number",
+    float: "number",
+    bool: "boolean",
+    type(None): "null",
+    dict: "object",
+    list: "array",
+}
+
+
+def _kind(value: object) -> str:
+    return _JSON_NAMES.get(type(value), type(value).__name__)
 
 
 # --- Dub, Customers: what users touch -------------------------------------------------------------
@@ -592,7 +601,7 @@ def _checked_max_retries(max_retries: int) -> int:
 _MAX_BODY = 1024 * 1024  # bytes; a customer is under 2 kB
 _MAX_IDLE = 32  # connections; as many as a ThreadPoolExecutor has threads at most by default
 _MAX_IDLE_SECONDS = 60  # middleboxes forget quiet connections within minutes, and tell nobody
-_NOTHING_YET = (BlockingIOError,) if ssl is None else (BlockingIOError, ssl.SSLWantReadError)
+_NOTHING_YET = (BlockingIOError, *([ssl.SSLWantReadError] if _HAS_SSL else []))
 
 
 class _Answer(NamedTuple):
@@ -795,7 +804,7 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
         """A new connection: to the server or a proxy, through its tunnel, with TLS, as need be."""
         scheme, netloc, proxy_authorization = route
         tls = scheme == "https"
-        if tls and ssl is None:
+        if tls and not _HAS_SSL:
             raise NoResponseError("https needs the module ssl, which this Python does not have")
         first = urllib.parse.urlsplit(f"//{netloc}")
         try:
@@ -815,7 +824,9 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
             raise
         return connection
 
-    def open_tunnel(self, connection: _Connection, authorization: Optional[str], ends: float) -> None:
+    def open_tunnel(
+        self, connection: _Connection, authorization: Optional[str], ends: float
+    ) -> None:
         target = self.server.netloc if self.server.port else f"{self.server.netloc}:443"
         headers = {"Host": target}
         if authorization is not None:
@@ -959,13 +970,10 @@ def _api_error(answer: _Answer) -> APIError:
 def _error_envelope(body: bytes) -> Dict[str, str]:
     """The texts in `{"error": {"code", "message", "doc_url"}}`, as far as the body fits it."""
     try:
-        data = _JSON.decode(body.decode("utf-8"))
-    except (ValueError, RecursionError):
+        error: Any = _JSON.decode(body.decode("utf-8"))["error"]
+        return {key: value for key, value in error.items() if isinstance(value, str)}
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return {}
-    error = data.get("error") if isinstance(data, dict) else None
-    if not isinstance(error, dict):
-        return {}
-    return {key: value for key, value in error.items() if isinstance(value, str)}
 
 
 def _one_line(text: str, limit: int) -> str:
@@ -1113,40 +1121,19 @@ def _http_date(text: str) -> Optional[float]:
 
 # --- command line ---------------------------------------------------------------------------------
 
-_EXAMPLE = {  # as documented, expanded
-    "id": "cus_1KAP4CDPBSVMMBMH9XX3YZZ0Z",
-    "externalId": "user_42",
-    "name": "Ada Lovelace",
-    "email": "ada@example.com",
-    "avatar": "https://assets.example.com/ada.png",
-    "country": "GB",
-    "sales": 3,
-    "saleAmount": 12900,
-    "createdAt": "2026-01-02T03:04:05.000Z",
-    "stripeCustomerId": None,
-    "firstSaleAt": "2026-02-01T00:00:00.000Z",
-    "subscriptionCanceledAt": None,
-    "link": {
-        "id": "link_1KAP4CDPBSVMMBMH9XX3YZZ0Z",
-        "domain": "dub.sh",
-        "key": "try",
-        "shortLink": "https://dub.sh/try",
-        "url": "https://dub.co",
-        "programId": "prog_1",
-    },
-    "programId": "prog_1",
-    "partner": {"id": "pn_1", "name": "Grace Hopper", "email": "grace@example.com", "image": None},
-    "discount": {
-        "id": "disc_1",
-        "amount": 20,
-        "type": "percentage",
-        "maxDuration": 12,
-        "description": None,
-        "couponId": "co_1",
-        "couponTestId": None,
-        "partnersCount": 4,
-    },
-}
+# The documented answer, expanded.
+_EXAMPLE = b"""{
+ "id": "cus_1KAP4CDPBSVMMBMH9XX3YZZ0Z", "externalId": "user_42", "name": "Ada Lovelace",
+ "email": "ada@example.com", "avatar": "https://assets.example.com/ada.png", "country": "GB",
+ "sales": 3, "saleAmount": 12900, "createdAt": "2026-01-02T03:04:05.000Z",
+ "stripeCustomerId": null, "firstSaleAt": "2026-02-01T00:00:00.000Z",
+ "subscriptionCanceledAt": null, "programId": "prog_1",
+ "link": {"id": "link_1KAP4CDPBSVMMBMH9XX3YZZ0Z", "domain": "dub.sh", "key": "try",
+  "shortLink": "https://dub.sh/try", "url": "https://dub.co", "programId": "prog_1"},
+ "partner": {"id": "pn_1", "name": "Grace Hopper", "email": "grace@example.com", "image": null},
+ "discount": {"id": "disc_1", "amount": 20, "type": "percentage", "maxDuration": 12,
+  "description": null, "couponId": "co_1", "couponTestId": null, "partnersCount": 4}
+}"""
 
 
 def _main() -> int:
@@ -1191,12 +1178,11 @@ def _demo() -> Customer:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = json.dumps(_EXAMPLE).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(_EXAMPLE)))
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(_EXAMPLE)
 
         def log_message(self, format: str, *args: object) -> None:
             pass

@@ -740,8 +740,10 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
         self.idle: List[_Connection] = []
         self.closed = False
 
-    def http_open(self, request: urllib.request.Request) -> _Answer:
+    def http_open(self, request: urllib.request.Request) -> Optional[_Answer]:
         """Exchange it for the answer. ProxyHandler has been here: `host` may be the proxy's."""
+        if request.type not in ("http", "https"):
+            return None  # by way of a proxy of another kind
         ends = time.monotonic() + cast(float, request.timeout)
         headers = {"Host": self.server.netloc, "Accept-encoding": "identity", **request.headers}
         proxy_authorization = headers.pop("Proxy-authorization", None)
@@ -1053,13 +1055,13 @@ class _Session:
         request = urllib.request.Request(self.server_url + path, headers=headers)
         started = time.monotonic()
         answer: Optional[_Answer] = None
-        outcome: object = "interrupted"
+        outcome: object = "not sent"
         try:
             answer = cast(Optional[_Answer], self.opener.open(request, timeout=ends - started))
-            outcome = answer.status if answer else "no proxy"
+            outcome = answer.status if answer else outcome
         except ValueError:
             pass  # from urllib, on a proxy setting that is no URL; its text shows the password
-        except Exception as error:
+        except BaseException as error:
             outcome = type(error).__name__
             raise
         finally:

@@ -675,6 +675,9 @@ class _Connection(io.BufferedReader):
     def close(self) -> None:
         """Do nothing: http.client closes its file after each answer, and the connection goes on."""
 
+    def flush(self) -> None:
+        """Do nothing: an answer dropped after `hang_up` would flush a file that is closed."""
+
     def hang_up(self) -> None:
         self.wire.close()
 

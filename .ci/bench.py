@@ -30,7 +30,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 BARE, OURS, URLOPEN, SDK = "http.client", "dub_customers", "urlopen", "dub (SDK)"
@@ -58,7 +58,7 @@ Figures = Dict[str, List[float]]  # by name, one of each round
 # --- the server -----------------------------------------------------------------------------------
 
 
-def serve(certificate: List[str]) -> None:
+def serve(certificate: list[str]) -> None:
     """Answer whatever is asked with the customer, over TLS if given a certificate and its key.
 
     Raw sockets: a server dearer than its clients would make them look alike.
@@ -104,7 +104,7 @@ def served(*certificate: str) -> Iterator[str]:
             process.kill()
 
 
-def throwaway_certificate(folder: str) -> List[str]:
+def throwaway_certificate(folder: str) -> list[str]:
     """Paths of a self-signed certificate for this machine and of its key; none without openssl."""
     paths = [os.path.join(folder, "certificate.pem"), os.path.join(folder, "key.pem")]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
@@ -120,10 +120,11 @@ def throwaway_certificate(folder: str) -> List[str]:
 # --- who is measured ------------------------------------------------------------------------------
 
 
-def peers(url: str, stack: contextlib.ExitStack) -> Dict[str, Callable[[], str]]:
+def peers(url: str, stack: contextlib.ExitStack) -> dict[str, Callable[[], str]]:
     """By name, a call: it fetches the customer over a client of its own and returns the id."""
-    calls: Dict[str, Callable[[], str]] = {BARE: bare_call(url, stack)}
-    calls[OURS] = dub_call(OURS, url, stack)
+    calls: dict[str, Callable[[], str]] = {BARE: bare_call(url, stack)}
+    ours = stack.enter_context(module(OURS).Dub(TOKEN, server_url=url, timeout_ms=1000 * SECONDS))
+    calls[OURS] = lambda: ours.customers.get(ID, include_expanded_fields=True).id
     calls[URLOPEN] = functools.partial(urlopen_call, url + PATH)
     if importlib.util.find_spec("urllib3"):
         pool = stack.enter_context(module("urllib3").PoolManager(headers=HEADERS, timeout=SECONDS))
@@ -136,7 +137,9 @@ def peers(url: str, stack: contextlib.ExitStack) -> Dict[str, Callable[[], str]]
         session.headers.update(HEADERS)
         calls["requests"] = lambda: session.get(url + PATH, timeout=SECONDS).json()["id"]
     if importlib.util.find_spec("dub"):
-        calls[SDK] = dub_call("dub", url, stack)
+        sdk = stack.enter_context(module("dub").Dub(token=TOKEN, server_url=url))
+        wanted = {"id": ID, "include_expanded_fields": True}
+        calls[SDK] = lambda: sdk.customers.get(request=wanted, timeout_ms=1000 * SECONDS).id
     for name, call in calls.items():
         if call() != ID:
             raise SystemExit(f"{name} fetched something else")
@@ -145,13 +148,6 @@ def peers(url: str, stack: contextlib.ExitStack) -> Dict[str, Callable[[], str]]
 
 def module(name: str) -> Any:
     return importlib.import_module(name)
-
-
-def dub_call(name: str, url: str, stack: contextlib.ExitStack) -> Callable[[], str]:
-    """The same code for ours and the SDK."""
-    dub = module(name).Dub(token=TOKEN, server_url=url, timeout_ms=1000 * SECONDS)
-    client, wanted = stack.enter_context(dub), {"id": ID, "include_expanded_fields": True}
-    return lambda: client.customers.get(request=wanted).id
 
 
 def bare_call(url: str, stack: contextlib.ExitStack) -> Callable[[], str]:
@@ -200,7 +196,7 @@ print(status, time.perf_counter() - began, usage.ru_maxrss)
 # --- how it is measured ---------------------------------------------------------------------------
 
 
-def in_turn(measures: Dict[str, Callable[[], float]], rounds: int) -> Figures:
+def in_turn(measures: dict[str, Callable[[], float]], rounds: int) -> Figures:
     """Measure all in each round, another first each time; a round before warms up.
 
     So a machine that changes its speed does so for all, and ratios within a round hold.
@@ -229,9 +225,9 @@ def warm(url: str, rounds: int, count: int) -> Figures:
         return in_turn({n: functools.partial(microseconds, c) for n, c in calls.items()}, rounds)
 
 
-def threaded(url: str, rounds: int, count: int) -> Tuple[Figures, List[str]]:
+def threaded(url: str, rounds: int, count: int) -> tuple[Figures, list[str]]:
     """Calls per second that threads make with one client; and what failed."""
-    failures: List[str] = []
+    failures: list[str] = []
 
     def worker(name: str) -> None:
         for _ in range(count):
@@ -254,7 +250,7 @@ def threaded(url: str, rounds: int, count: int) -> Tuple[Figures, List[str]]:
     return rates, failures
 
 
-def processes(url: str, rounds: int, environment: Dict[str, str]) -> Tuple[Figures, Figures, float]:
+def processes(url: str, rounds: int, environment: dict[str, str]) -> tuple[Figures, Figures, float]:
     """Milliseconds and peak MiB of processes that fetch one customer; MiB more for many."""
     scripts = {URLOPEN: URLOPEN_SCRIPT, OURS: DUB_SCRIPT.format("dub_customers")}
     if importlib.util.find_spec("dub"):
@@ -272,7 +268,7 @@ def processes(url: str, rounds: int, environment: Dict[str, str]) -> Tuple[Figur
     return times, {name: each[1:] for name, each in peaks.items()}, growth
 
 
-def launch(environment: Dict[str, str], *arguments: str) -> Tuple[float, float]:
+def launch(environment: dict[str, str], *arguments: str) -> tuple[float, float]:
     command, limit = [sys.executable, "-IS", "-c", LAUNCHER, *arguments], 12 * SECONDS
     done = subprocess.run(command, env=environment, stdout=-1, check=True, timeout=limit)
     fetched, status, seconds, peak = done.stdout.decode().split()
@@ -299,7 +295,7 @@ def table(title: str, unit: str, base: str, figures: Figures) -> None:
         print(f"  {name:44}{middle:12.1f}{spread:>20}{times:>18}")
 
 
-def targets(*lines: Tuple[str, float, str, float]) -> None:
+def targets(*lines: tuple[str, float, str, float]) -> None:
     print(f"\n{'Targets of dub_customers':46}")
     for what, got, relation, limit in lines:
         met = got <= limit if relation == "<=" else got >= limit
@@ -319,9 +315,9 @@ def describe(rounds: int, few: int, count: int) -> None:
 
 Each call fetches one expanded customer, {len(BODY)} bytes of JSON, from a raw-socket server in
 another process on 127.0.0.1; dub_customers and the SDK make an object of it, the others a dict.
-Peers take turns: {rounds} rounds of {count} calls (1), {few} of {count} in each thread (2), {rounds} of a
-process each (3, 4), after one round that does not count. Figures are medians over the rounds, with
-quartiles; "x" is the median of the ratio within a round. Peak memory is the kernel's, by wait4.
+Peers take turns: {rounds} rounds of {count} calls (1), {few} of {count} calls a thread (2),
+{rounds} of one process (3), after one round that does not count. Figures are medians over the
+rounds, with quartiles; "x" is the median of the ratio within a round. Memory is by wait4.
 For https, all trust one self-signed certificate; urlopen keeps no connection."""
     )
 

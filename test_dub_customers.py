@@ -5,6 +5,7 @@ command `openssl`, which makes the certificates while the tests run.
 """
 
 import ast
+import asyncio
 import base64
 import copy
 import dataclasses
@@ -2520,6 +2521,12 @@ def test_readme_sample_runs(httpserver, monkeypatch, sample):
     served(httpserver, EXPANDED)
     monkeypatch.setenv("DUB_API_KEY", TOKEN)
     monkeypatch.setitem(Dub.__init__.__kwdefaults__, "server_url", httpserver.url_for(""))
+    if not hasattr(asyncio, "to_thread"):  # Python 3.8; as the README says
+
+        async def to_thread(function, *args):
+            return await asyncio.get_running_loop().run_in_executor(None, function, *args)
+
+        monkeypatch.setattr(asyncio, "to_thread", to_thread, raising=False)
     main = types.ModuleType("__main__")
     exec(compile(sample, "README.md", "exec"), vars(main))
     assert httpserver.log

@@ -290,7 +290,7 @@ def ratio(figures: Figures, name: str, base: str) -> float:
 def table(title: str, unit: str, base: str, figures: Figures) -> None:
     print(f"\n{title:46}{unit:>12}{'quartiles':>20}{'x ' + base:>18}")
     for name, each in figures.items():
-        low, middle, high = statistics.quantiles(each, n=4)
+        low, middle, high = statistics.quantiles(each, n=4, method="inclusive")
         spread, times = f"{low:.1f} to {high:.1f}", f"{ratio(figures, name, base):.2f}"
         print(f"  {name:44}{middle:12.1f}{spread:>20}{times:>18}")
 

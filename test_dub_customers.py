@@ -1,7 +1,7 @@
 """Tests of dub_customers.py, in its order, each named after the rule it holds.
 
-pytest-httpserver plays the API; a raw socket (`raw`) plays what no proper server does. TLS needs the
-command `openssl`, which makes the certificates while the tests run.
+pytest-httpserver plays the API; a raw socket (`raw`) plays what no proper server does. TLS needs
+the command `openssl`, which makes the certificates while the tests run.
 """
 
 import ast
@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import errno
 import inspect
-import io
 import json
 import logging
 import multiprocessing
@@ -31,7 +30,6 @@ import types
 import typing
 import urllib.parse
 import warnings
-import weakref
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -2022,7 +2020,7 @@ def test_rule_16_connection_failures_are_tried_again(waits, reset):
         assert len(server.requests) == 3
     else:
         with socket.create_server(("127.0.0.1", 0)) as down:
-            url = "http://127.0.0.1:{}".format(down.getsockname()[1])
+            url = f"http://127.0.0.1:{down.getsockname()[1]}"
         with pytest.raises(dub_customers.NoResponseError, match="cannot connect to 127.0.0.1:"):
             Dub(TOKEN, server_url=url).customers.get("cus_1")
     assert len(waits) == 2

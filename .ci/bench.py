@@ -287,20 +287,24 @@ def ratio(figures: Figures, name: str, base: str) -> float:
     return statistics.median(a / b for a, b in zip(figures[name], figures[base]))
 
 
+def two_places(figure: float) -> str:
+    return "-" if figure != figure else f"{figure:.2f}"
+
+
 def table(title: str, unit: str, base: str, figures: Figures) -> None:
     print(f"\n{title:46}{unit:>12}{'quartiles':>20}{'x ' + base:>18}")
     for name, each in figures.items():
         low, middle, high = statistics.quantiles(each, n=4, method="inclusive")
-        spread, times = f"{low:.1f} to {high:.1f}", f"{ratio(figures, name, base):.2f}"
+        spread, times = f"{low:.1f} to {high:.1f}", two_places(ratio(figures, name, base))
         print(f"  {name:44}{middle:12.1f}{spread:>20}{times:>18}")
 
 
 def targets(*lines: tuple[str, float, str, float]) -> None:
-    print(f"\n{'Targets of dub_customers':46}")
+    print("\nTargets of dub_customers")
     for what, got, relation, limit in lines:
         met = got <= limit if relation == "<=" else got >= limit
         word = "not measured" if got != got else "met" if met else "MISSED"
-        print(f"  {what:44}{got:12.2f}{relation:>8} {limit:<11}{word:>18}")
+        print(f"  {what:44}{two_places(got):>12}{relation:>8} {limit:<11}{word:>18}")
 
 
 def describe(rounds: int, few: int, count: int) -> None:

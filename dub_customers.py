@@ -15,12 +15,12 @@ from __future__ import annotations
 __version__ = "1.0.0"
 
 import calendar
+import contextlib
 import email.message
 import email.utils
 import functools
 import http.client
 import io
-import itertools
 import json
 import math
 import os
@@ -44,6 +44,7 @@ from typing import (
     NamedTuple,
     NoReturn,
     Optional,
+    Pattern,
     Tuple,
     Type,
     TypedDict,
@@ -424,7 +425,7 @@ class Dub:
     server_url: http or https, a host, maybe a port and a path. Plain http beyond this machine
         warns, for the token travels in clear.
     timeout_ms: the longest a `get` may take in milliseconds, waits and retries included. Only the
-        system's name resolution cannot be interrupted.
+        system's name resolution, and a token callable, cannot be interrupted.
     max_retries: how many times a failed request may be sent again, from 0.
     ssl_context: in place of `ssl.create_default_context()`; a client with one cannot be pickled.
 
@@ -452,9 +453,9 @@ class Dub:
             _checked_token(token, "token")
         if ssl_context is not None and not hasattr(ssl_context, "wrap_socket"):
             raise TypeError(f"ssl_context: expected SSLContext, got {type(ssl_context).__name__}")
-        scheme, host = _checked_server_url(server_url)
-        if scheme == "http" and not _is_loopback(host):
-            warnings.warn(f"the token goes to {host} in clear: use https", stacklevel=2)
+        server = _checked_server_url(server_url)
+        if server.scheme == "http" and not _is_loopback(server.hostname or ""):
+            warnings.warn(f"the token goes to {server.netloc} in clear: use https", stacklevel=2)
         self._session = _Session(
             token,
             server_url.rstrip("/"),
@@ -493,15 +494,11 @@ _USER_AGENT = "dub_customers/{} Python/{}.{}".format(__version__, *sys.version_i
 # poll(2), under every timeout of a socket, counts milliseconds in a C int: 24.8 days.
 _LONGEST_TIMEOUT_MS = 2**31 - 1
 
-# Host: labels of up to 63 letters, digits, hyphens or underscores; or an IPv6 address in brackets.
-# Path: what may stand there by RFC 3986, so neither `?` nor `#`.
-_SERVER_URL = re.compile(
-    r"(https?)://"
-    r"((?:[a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?|\[[0-9a-f:.]+\])"
-    r"(?::([0-9]{1,5}))?"
-    r"(?:/[a-z0-9._~!$&'()*+,;=:@%/-]*)?",
-    re.IGNORECASE | re.ASCII,
-)
+# A host: labels of up to 63 letters, digits, hyphens or underscores; or IPv6 in brackets.
+_HOST = r"(?:(?:[a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?|\[[0-9a-f:.]+\])(?::[0-9]+)?"
+# A path: what may stand there by RFC 3986, so neither `?` nor `#`.
+_SERVER_URL = re.compile(rf"(?i)https?://{_HOST}(?:/[a-z0-9._~!$&'()*+,;=:@%/-]*)?", re.ASCII)
+_PROXY_URL = re.compile(rf"(?i)(?:https?://)?(?:[^/@]*@)?{_HOST}/?", re.ASCII)
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[\t -~\x80-\xff]*")
 _NOT_OF_A_TOKEN = re.compile(r"[^!-~]")
@@ -559,12 +556,13 @@ def _checked_token(token: object, source: str) -> str:
 def _checked_headers(http_headers: Mapping[str, str]) -> Mapping[str, str]:
     if not isinstance(cast(object, http_headers), Mapping):
         raise TypeError(f"http_headers: expected a mapping, got {type(http_headers).__name__}")
+    http_headers = dict(http_headers)  # what is checked must not change before a later try
     for name, value in http_headers.items():
         for text in (name, value):
             if not isinstance(cast(object, text), str):
                 raise TypeError(f"http_headers: expected str, got {type(text).__name__}")
         if not _HEADER_NAME.fullmatch(name):
-            raise ValueError(f"http_headers: {name!r} is no name of a header")
+            raise ValueError("http_headers: one of the names is no name of a header")
         if name.lower() in ("content-length", "transfer-encoding"):
             raise ValueError(f"http_headers: {name} announces a body, and a GET here has none")
         if not _HEADER_VALUE.fullmatch(value):
@@ -575,23 +573,32 @@ def _checked_headers(http_headers: Mapping[str, str]) -> Mapping[str, str]:
     return http_headers
 
 
-def _checked_server_url(server_url: str) -> Tuple[str, str]:
-    """Scheme and host of it. An error does not echo the URL, which may hold a password."""
+def _checked_server_url(server_url: str) -> urllib.parse.SplitResult:
+    """The parts of it. An error does not echo the URL, which may hold a password."""
     if not isinstance(cast(object, server_url), str):
         raise TypeError(f"server_url: expected str, got {type(server_url).__name__}")
-    match = _SERVER_URL.fullmatch(server_url)
-    if not match:
+    parts = _split_url(_SERVER_URL, server_url)
+    if parts is None:
         raise ValueError(
             "server_url: expected http(s)://host[:port][/path], without user, query or fragment"
         )
-    scheme, host, port = match.groups()
-    if port is not None and not 0 < int(port) < 65536:
-        raise ValueError(f"server_url: {port} is no port")
-    return scheme.lower(), host.lower()
+    return parts
+
+
+def _split_url(pattern: Pattern[str], url: str) -> Optional[urllib.parse.SplitResult]:
+    """The parts of a URL; None if it does not fit the pattern, or port or IPv6 address is off."""
+    if pattern.fullmatch(url):
+        try:
+            parts = urllib.parse.urlsplit(url if "://" in url else f"//{url}")
+            if parts.port != 0:
+                return parts
+        except ValueError:
+            pass
+    return None
 
 
 def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "[::1]") or bool(re.fullmatch(r"127(\.[0-9]+){3}", host))
+    return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.[0-9]+){3}", host))
 
 
 def _checked_timeout_ms(timeout_ms: float) -> float:
@@ -661,7 +668,7 @@ class _Wire(io.RawIOBase):
         return count
 
     def readall(self) -> bytes:
-        # Nobody asks for everything here, except http.client for a chunk of size -1.
+        # Nobody asks for everything, but http.client (from Python 3.10) for a chunk of size -1.
         raise http.client.HTTPException("a chunk of negative size")
 
     def close(self) -> None:
@@ -739,9 +746,21 @@ class _Connection(io.BufferedReader):
             raise http.client.HTTPException("a chunk of negative size") from error
         if response.length and len(body) <= _MAX_BODY:
             raise http.client.IncompleteRead(body, response.length)
+        closing = "close" in ",".join(response.headers.get_all("Connection", ())).lower()
         whole = response.isclosed() and response.status >= 200
         answer = _Answer(response.status, response.reason, response.headers, body)
-        return answer, whole and not response.will_close
+        return answer, whole and not (closing or response.will_close)
+
+
+class _ProxyHandler(urllib.request.ProxyHandler):
+    """urllib's, but for a setting that is no proxy's URL: there urllib fails, loops or guesses."""
+
+    def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> Any:
+        if urllib.request.proxy_bypass(req.host):
+            return None
+        if _split_url(_PROXY_URL, proxy) is None:  # not shown: it may hold a password
+            raise NoResponseError(f"{type}_proxy is set to something else than a proxy's URL")
+        return super().proxy_open(req, proxy, type)
 
 
 class _KeepAliveHandler(urllib.request.BaseHandler):
@@ -757,10 +776,8 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
         self.idle: List[_Connection] = []
         self.closed = False
 
-    def http_open(self, request: urllib.request.Request) -> Optional[_Answer]:
+    def http_open(self, request: urllib.request.Request) -> _Answer:
         """Exchange it for the answer. ProxyHandler has been here: `host` may be the proxy's."""
-        if request.type not in ("http", "https"):
-            return None  # by way of a proxy of another kind
         ends = time.monotonic() + cast(float, request.timeout)
         headers = {"Host": self.server.netloc, "Accept-encoding": "identity", **request.headers}
         proxy_authorization = headers.pop("Proxy-authorization", None)
@@ -809,15 +826,17 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
     def keep(self, connection: _Connection) -> None:
         connection.idle_since = time.monotonic()
         self.idle.append(connection)
-        for surplus in self.idle[:-_MAX_IDLE]:
-            surplus.hang_up()  # `take` will find it closed
-        if self.closed:  # meanwhile, by another thread
-            self.close()
+        self.bound()
 
     def close(self) -> None:
         self.closed = True
-        while self.idle:
-            self.idle.pop().hang_up()
+        self.bound()
+
+    def bound(self) -> None:
+        """Hang up the oldest beyond the bound; all once closed, also those kept after that."""
+        with contextlib.suppress(IndexError):  # other threads may have emptied it
+            while len(self.idle) > (0 if self.closed else _MAX_IDLE):
+                self.idle.pop(0).hang_up()
 
     def connect(self, route: Tuple[Optional[str], ...], ends: float) -> _Connection:
         """A new connection: to the server or a proxy, through its tunnel, with TLS, as need be."""
@@ -856,17 +875,20 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
             if response.status in _RETRIED_STATUSES:
                 raise ConnectionError(refusal)
             raise NoResponseError(refusal)
+        if not connection.quiet():  # it would be taken for the server's answer
+            raise http.client.HTTPException(f"proxy {connection.route[1]} spoke ahead of TLS")
 
     def start_tls(self, connection: _Connection, host: str, ends: float) -> None:
         if self.ssl_context is None:
             self.ssl_context = ssl.create_default_context()  # reads the CA bundle: 10 ms and more
         wire = connection.wire
-        tls_socket = self.ssl_context.wrap_socket(
-            wire.sock, server_hostname=host, do_handshake_on_connect=False
-        )
-        wire.sock = tls_socket
-        wire.sock.settimeout(_left(ends))
         try:
+            # The handshake apart: interrupted in wrap_socket, it would leave the socket open.
+            tls_socket = self.ssl_context.wrap_socket(
+                wire.sock, server_hostname=host, do_handshake_on_connect=False
+            )
+            wire.sock = tls_socket
+            wire.sock.settimeout(_left(ends))
             tls_socket.do_handshake()
         except ssl.SSLCertVerificationError as error:
             raise NoResponseError(
@@ -885,6 +907,7 @@ def _connected_socket(host: str, port: int, ends: float) -> socket.socket:
     What is left until the deadline is shared out among the addresses: a dead one leaves the others
     their turn.
     """
+    _left(ends)  # not even ask for the name when it is too late
     addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for untried in range(len(addresses), 0, -1):
         family, kind, protocol, _, address = addresses[-untried]
@@ -968,11 +991,9 @@ def _customer(answer: _Answer) -> Customer:
 def _api_error(answer: _Answer) -> APIError:
     status, reason, headers, body = answer
     told = _error_envelope(body)
-    if 300 <= status < 400:
-        target = headers.get("Location")
-        message = f"redirect to {target} not followed" if target else "redirect without Location"
-    else:
-        message = told.get("message") or reason or "no message"
+    message = told.get("message") or reason or "no message"
+    if 300 <= status < 400 and "Location" in headers:
+        message = f"redirect to {headers['Location']} not followed"
     error = _ERRORS.get(status, APIError)(
         message,
         status_code=status,
@@ -1006,6 +1027,10 @@ def _one_line(text: str, limit: int) -> str:
 _RETRIED_STATUSES = (429, 500, 502, 503, 504)
 
 
+class _Lost(Exception):
+    """An exchange that failed for `__cause__`, and may do better another time."""
+
+
 class _Session:
     """What `Dub` and `Customers` share: the options, which pickle and copy, and the opener."""
 
@@ -1025,7 +1050,7 @@ class _Session:
         # No other handlers: without one for redirects none can be followed, to another host with
         # the token least of all; without one for files no file can be opened.
         self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(urllib.request.ProxyHandler())
+        self.opener.add_handler(_ProxyHandler())
         handler = _KeepAliveHandler(server_url, ssl_context)
         self.opener.add_handler(handler)
         # Called once: by close(), when the last user drops the session, or as Python exits.
@@ -1042,22 +1067,27 @@ class _Session:
         if not self.close.alive:
             raise RuntimeError("the client is closed")
         ends = time.monotonic() + timeout_ms / 1000
-        try:
-            for tried in itertools.count():
-                try:
-                    return _customer(self.attempt(path, http_headers, ends))
-                except (APIError, OSError, http.client.HTTPException) as error:
-                    wait = _wait(error, tried)
-                    if wait is None or tried >= max_retries or time.monotonic() + wait >= ends:
+        tried = 0
+        while True:
+            try:
+                return _customer(self.attempt(path, http_headers, ends))
+            except (APIError, _Lost) as error:
+                wait = _wait(error, tried)
+                if wait is None or tried >= max_retries or time.monotonic() + wait >= ends:
+                    if isinstance(error, APIError):
                         raise
-                time.sleep(wait)
-        except (OSError, http.client.HTTPException) as error:
-            if time.monotonic() >= ends:
-                late = f"no answer from {self.server_url} within {timeout_ms} ms"
-                raise RequestTimeout(late) from error
-            cause = _one_line(f"{type(error).__name__}: {error}", 200)
-            raise NoResponseError(f"no answer from {self.server_url}: {cause}") from error
-        raise AssertionError("unreachable")
+                    cause = error.__cause__
+                    late = time.monotonic() >= ends
+                    raise self.no_response(cause, timeout_ms if late else None) from cause
+            time.sleep(wait)
+            tried += 1
+
+    def no_response(self, cause: object, late_ms: Optional[float]) -> NoResponseError:
+        """What to tell of a failed exchange, which has run out of time if `late_ms` is given."""
+        if late_ms is not None:
+            return RequestTimeout(f"no answer from {self.server_url} within {late_ms} ms")
+        reason = _one_line(f"{type(cause).__name__}: {cause}", 200)
+        return NoResponseError(f"no answer from {self.server_url}: {reason}")
 
     def attempt(self, path: str, http_headers: Mapping[str, str], ends: float) -> _Answer:
         """One request and its answer, noted in the log."""
@@ -1071,21 +1101,18 @@ class _Session:
         # Request files headers under one spelling of their names: so a user's replace ours.
         request = urllib.request.Request(self.server_url + path, headers=headers)
         started = time.monotonic()
-        answer: Optional[_Answer] = None
-        outcome: object = "not sent"
+        outcome: object = None
         try:
-            answer = cast(Optional[_Answer], self.opener.open(request, timeout=ends - started))
-            outcome = answer.status if answer else outcome
-        except ValueError:
-            pass  # from urllib, on a proxy setting that is no URL; its text shows the password
+            answer = cast(_Answer, self.opener.open(request, timeout=ends - started))
+            outcome = answer.status
+            return answer
         except BaseException as error:
             outcome = type(error).__name__
+            if isinstance(error, (OSError, http.client.HTTPException)):
+                raise _Lost from error
             raise
         finally:
             _log_attempt(path, outcome, (time.monotonic() - started) * 1000)
-        if answer is None:
-            raise NoResponseError("the environment sets a proxy that is no http or https URL")
-        return answer
 
 
 def _log_attempt(path: str, outcome: object, milliseconds: float) -> None:

@@ -201,7 +201,8 @@ def in_turn(measures: dict[str, Callable[[], float]], rounds: int) -> Figures:
 
     So a machine that changes its speed does so for all, and ratios within a round hold.
     """
-    names, figures = list(measures), {name: [] for name in measures}
+    names = list(measures)
+    figures: Figures = {name: [] for name in names}
     for number in range(rounds + 1):
         first = number % len(names)
         for name in names[first:] + names[:first]:

@@ -180,6 +180,15 @@ class ResponseValidationError(DubError):
 # --- models: JSON to dataclass, by hand, one place per object -------------------------------------
 
 
+# What a field may hold, as json decodes it. Types are compared exactly: to Python true is an int.
+_STRING: Tuple[type, ...] = (str,)
+_NUMBER: Tuple[type, ...] = (int, float)
+_OR_NONE: Tuple[type, ...] = (type(None),)
+_STRING_OR_NONE = _STRING + _OR_NONE
+_NUMBER_OR_NONE = _NUMBER + _OR_NONE
+_OBJECT_OR_NONE = (dict, *_OR_NONE)
+
+
 @dataclass(frozen=True)
 class Link:
     """The short link that brought the customer."""
@@ -192,17 +201,19 @@ class Link:
     program_id: Optional[str] = None
 
     @classmethod
-    def from_json(cls, data: Any, path: str = "link") -> Link:
+    def from_json(cls, data: object, path: str = "link") -> Link:
         """Map the decoded object; `path` locates a misfit in the ResponseValidationError."""
-        _check_object(data, path)
-        return cls(
-            id=_string(data, "id", path),
-            domain=_string(data, "domain", path),
-            key=_string(data, "key", path),
-            short_link=_string(data, "shortLink", path),
-            url=_string(data, "url", path),
-            program_id=_string_or_none(data, "programId", path),
-        )
+        return cls(**_read(data, path, _LINK))
+
+
+_LINK = {
+    "id": ("id", _STRING),
+    "domain": ("domain", _STRING),
+    "key": ("key", _STRING),
+    "short_link": ("shortLink", _STRING),
+    "url": ("url", _STRING),
+    "program_id": ("programId", _STRING_OR_NONE),
+}
 
 
 @dataclass(frozen=True)
@@ -215,15 +226,17 @@ class Partner:
     image: Optional[str] = None
 
     @classmethod
-    def from_json(cls, data: Any, path: str = "partner") -> Partner:
+    def from_json(cls, data: object, path: str = "partner") -> Partner:
         """Map the decoded object; `path` locates a misfit in the ResponseValidationError."""
-        _check_object(data, path)
-        return cls(
-            id=_string(data, "id", path),
-            name=_string(data, "name", path),
-            email=_string_or_none(data, "email", path),
-            image=_string_or_none(data, "image", path),
-        )
+        return cls(**_read(data, path, _PARTNER))
+
+
+_PARTNER = {
+    "id": ("id", _STRING),
+    "name": ("name", _STRING),
+    "email": ("email", _STRING_OR_NONE),
+    "image": ("image", _STRING_OR_NONE),
+}
 
 
 @dataclass(frozen=True)
@@ -243,19 +256,21 @@ class Discount:
     partners_count: Union[int, float, None] = None
 
     @classmethod
-    def from_json(cls, data: Any, path: str = "discount") -> Discount:
+    def from_json(cls, data: object, path: str = "discount") -> Discount:
         """Map the decoded object; `path` locates a misfit in the ResponseValidationError."""
-        _check_object(data, path)
-        return cls(
-            id=_string(data, "id", path),
-            amount=_number(data, "amount", path),
-            type=_string(data, "type", path),
-            max_duration=_number_or_none(data, "maxDuration", path),
-            description=_string_or_none(data, "description", path),
-            coupon_id=_string_or_none(data, "couponId", path),
-            coupon_test_id=_string_or_none(data, "couponTestId", path),
-            partners_count=_number_or_none(data, "partnersCount", path),
-        )
+        return cls(**_read(data, path, _DISCOUNT))
+
+
+_DISCOUNT = {
+    "id": ("id", _STRING),
+    "amount": ("amount", _NUMBER),
+    "type": ("type", _STRING),
+    "max_duration": ("maxDuration", _NUMBER_OR_NONE),
+    "description": ("description", _STRING_OR_NONE),
+    "coupon_id": ("couponId", _STRING_OR_NONE),
+    "coupon_test_id": ("couponTestId", _STRING_OR_NONE),
+    "partners_count": ("partnersCount", _NUMBER_OR_NONE),
+}
 
 
 @dataclass(frozen=True)
@@ -286,79 +301,71 @@ class Customer:
     raw: Mapping[str, Any] = field(default_factory=lambda: {}, repr=False, compare=False)
 
     @classmethod
-    def from_json(cls, data: Any, path: str = "customer") -> Customer:
+    def from_json(cls, data: object, path: str = "customer") -> Customer:
         """Map the decoded object; `path` locates a misfit in the ResponseValidationError."""
-        _check_object(data, path)
-        link, partner, discount = data.get("link"), data.get("partner"), data.get("discount")
-        return cls(
-            id=_string(data, "id", path),
-            external_id=_string(data, "externalId", path),
-            created_at=_string(data, "createdAt", path),
-            name=_string_or_none(data, "name", path),
-            email=_string_or_none(data, "email", path),
-            avatar=_string_or_none(data, "avatar", path),
-            stripe_customer_id=_string_or_none(data, "stripeCustomerId", path),
-            country=_string_or_none(data, "country", path),
-            sales=_number_or_none(data, "sales", path),
-            sale_amount=_number_or_none(data, "saleAmount", path),
-            first_sale_at=_string_or_none(data, "firstSaleAt", path),
-            subscription_canceled_at=_string_or_none(data, "subscriptionCanceledAt", path),
-            link=None if link is None else Link.from_json(link, f"{path}.link"),
-            program_id=_string_or_none(data, "programId", path),
-            partner=None if partner is None else Partner.from_json(partner, f"{path}.partner"),
-            discount=None if discount is None else Discount.from_json(discount, f"{path}.discount"),
-            raw=data,
-        )
+        fields = _read(data, path, _CUSTOMER)
+        if fields["link"] is not None:
+            fields["link"] = Link.from_json(fields["link"], f"{path}.link")
+        if fields["partner"] is not None:
+            fields["partner"] = Partner.from_json(fields["partner"], f"{path}.partner")
+        if fields["discount"] is not None:
+            fields["discount"] = Discount.from_json(fields["discount"], f"{path}.discount")
+        return cls(**fields, raw=data)
 
 
-def _check_object(value: Any, path: str) -> None:
-    if not isinstance(value, dict):
-        raise ResponseValidationError(f"{path}: expected object, got {_kind(value)}")
+_CUSTOMER = {
+    "id": ("id", _STRING),
+    "external_id": ("externalId", _STRING),
+    "created_at": ("createdAt", _STRING),
+    "name": ("name", _STRING_OR_NONE),
+    "email": ("email", _STRING_OR_NONE),
+    "avatar": ("avatar", _STRING_OR_NONE),
+    "stripe_customer_id": ("stripeCustomerId", _STRING_OR_NONE),
+    "country": ("country", _STRING_OR_NONE),
+    "sales": ("sales", _NUMBER_OR_NONE),
+    "sale_amount": ("saleAmount", _NUMBER_OR_NONE),
+    "first_sale_at": ("firstSaleAt", _STRING_OR_NONE),
+    "subscription_canceled_at": ("subscriptionCanceledAt", _STRING_OR_NONE),
+    "link": ("link", _OBJECT_OR_NONE),
+    "program_id": ("programId", _STRING_OR_NONE),
+    "partner": ("partner", _OBJECT_OR_NONE),
+    "discount": ("discount", _OBJECT_OR_NONE),
+}
 
-
-def _string(data: Dict[str, Any], key: str, path: str) -> str:
-    value = data.get(key)
-    if not isinstance(value, str):
-        _misfit("string", data, key, path)
-    return value
-
-
-def _string_or_none(data: Dict[str, Any], key: str, path: str) -> Optional[str]:
-    return None if data.get(key) is None else _string(data, key, path)
-
-
-def _number(data: Dict[str, Any], key: str, path: str) -> Union[int, float]:
-    value = data.get(key)
-    # To Python true is an int; and the comparison, unlike math.isfinite, takes ints of any size.
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        _misfit("number", data, key, path)
-    if not -math.inf < value < math.inf:
-        _misfit("finite number", data, key, path)
-    return value
-
-
-def _number_or_none(data: Dict[str, Any], key: str, path: str) -> Union[int, float, None]:
-    return None if data.get(key) is None else _number(data, key, path)
-
-
-def _misfit(expected: str, data: Dict[str, Any], key: str, path: str) -> NoReturn:
-    got = _kind(data[key]) if key in data else "nothing"
-    raise ResponseValidationError(f"{path}.{key}: expected {expected}, got {got}")
-
-
-_JSON_NAMES: Dict[type, str] = {
+_KINDS: Dict[type, str] = {
     str: "string",
     int: "number",
     float: "number",
     bool: "boolean",
-    type(None): "null",
     dict: "object",
     list: "array",
 }
 
 
-def _kind(value: object) -> str:
-    return _JSON_NAMES.get(type(value), type(value).__name__)
+def _read(
+    data: Any, path: str, table: Mapping[str, Tuple[str, Tuple[type, ...]]]
+) -> Dict[str, Any]:
+    """The fields of a decoded object, by a table of field: (JSON key, what it may hold)."""
+    if type(data) is not dict:
+        raise ResponseValidationError(f"{path}: expected object, got {_kind(data)}")
+    fields: Dict[str, Any] = {}
+    for name, (key, kinds) in table.items():
+        value: Any = data.get(key)
+        kind = type(value)
+        if kind not in kinds or (kind is float and not math.isfinite(value)):
+            got = _kind(value) if key in data else "nothing"
+            raise ResponseValidationError(f"{path}.{key}: expected {_KINDS[kinds[0]]}, got {got}")
+        fields[name] = value
+    return fields
+
+
+def _kind(value: Any) -> str:
+    """Name a decoded value as JSON does."""
+    if value is None:
+        return "null"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return _KINDS.get(type(value), type(value).__name__)
 
 
 # --- Dub, Customers: what users touch -------------------------------------------------------------
@@ -411,7 +418,7 @@ class Customers:
         session = self._session
         return session.retrieve(
             _customer_path(id, include_expanded_fields),
-            _checked_headers({} if http_headers is None else http_headers),
+            {} if http_headers is None else _checked_headers(http_headers),
             session.timeout_ms if timeout_ms is None else _checked_timeout_ms(timeout_ms),
             session.max_retries if max_retries is None else _checked_max_retries(max_retries),
         )
@@ -737,8 +744,8 @@ class _Connection(io.BufferedReader):
     def get(self, head: str, ends: float) -> Tuple[_Answer, bool]:
         """The answer to a GET, and whether another may follow on this connection."""
         response = self.ask("GET", head, ends)
-        lengths = set(response.headers.get_all("Content-Length", ()))
-        if len(lengths) > 1 or not all(re.fullmatch("[0-9]+ *", each) for each in lengths):
+        lengths = response.headers.get_all("Content-Length", [])
+        if not all(each.strip().isdecimal() and each == lengths[0] for each in lengths):
             raise http.client.HTTPException("a Content-Length that is no length")
         try:
             body = response.read(_MAX_BODY + 1)

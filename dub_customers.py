@@ -15,7 +15,6 @@ from __future__ import annotations
 __version__ = "1.0.0"
 
 import calendar
-import contextlib
 import email.message
 import email.utils
 import functools
@@ -48,6 +47,7 @@ from typing import (
     Tuple,
     Type,
     TypedDict,
+    TypeVar,
     Union,
     cast,
 )
@@ -203,7 +203,7 @@ class Link:
     @classmethod
     def from_json(cls, data: object, path: str = "link") -> Link:
         """Map the decoded object; `path` locates a misfit in the ResponseValidationError."""
-        return cls(**_read(data, path, _LINK))
+        return _made(cls, _read(data, path, _LINK))
 
 
 _LINK = {
@@ -228,7 +228,7 @@ class Partner:
     @classmethod
     def from_json(cls, data: object, path: str = "partner") -> Partner:
         """Map the decoded object; `path` locates a misfit in the ResponseValidationError."""
-        return cls(**_read(data, path, _PARTNER))
+        return _made(cls, _read(data, path, _PARTNER))
 
 
 _PARTNER = {
@@ -258,7 +258,7 @@ class Discount:
     @classmethod
     def from_json(cls, data: object, path: str = "discount") -> Discount:
         """Map the decoded object; `path` locates a misfit in the ResponseValidationError."""
-        return cls(**_read(data, path, _DISCOUNT))
+        return _made(cls, _read(data, path, _DISCOUNT))
 
 
 _DISCOUNT = {
@@ -310,7 +310,8 @@ class Customer:
             fields["partner"] = Partner.from_json(fields["partner"], f"{path}.partner")
         if fields["discount"] is not None:
             fields["discount"] = Discount.from_json(fields["discount"], f"{path}.discount")
-        return cls(**fields, raw=data)
+        fields["raw"] = data
+        return _made(cls, fields)
 
 
 _CUSTOMER = {
@@ -332,7 +333,7 @@ _CUSTOMER = {
     "discount": ("discount", _OBJECT_OR_NONE),
 }
 
-_KINDS: Dict[type, str] = {
+_KINDS: Dict[object, str] = {
     str: "string",
     int: "number",
     float: "number",
@@ -342,21 +343,31 @@ _KINDS: Dict[type, str] = {
 }
 
 
+_Model = TypeVar("_Model")
+
+
 def _read(
     data: Any, path: str, table: Mapping[str, Tuple[str, Tuple[type, ...]]]
 ) -> Dict[str, Any]:
     """The fields of a decoded object, by a table of field: (JSON key, what it may hold)."""
-    if type(data) is not dict:
+    if not isinstance(data, dict):
         raise ResponseValidationError(f"{path}: expected object, got {_kind(data)}")
+    get = cast(Dict[str, Any], data).get
     fields: Dict[str, Any] = {}
     for name, (key, kinds) in table.items():
-        value: Any = data.get(key)
-        kind = type(value)
-        if kind not in kinds or (kind is float and not math.isfinite(value)):
+        value = get(key)
+        if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
             got = _kind(value) if key in data else "nothing"
             raise ResponseValidationError(f"{path}.{key}: expected {_KINDS[kinds[0]]}, got {got}")
         fields[name] = value
     return fields
+
+
+def _made(model: Type[_Model], fields: Dict[str, Any]) -> _Model:
+    # As model(**fields), but for the setting of frozen fields one by one, 3 of 8 microseconds.
+    it = object.__new__(model)
+    it.__dict__.update(fields)
+    return it
 
 
 def _kind(value: Any) -> str:
@@ -365,7 +376,7 @@ def _kind(value: Any) -> str:
         return "null"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return _KINDS.get(type(value), type(value).__name__)
+    return _KINDS.get(cast(object, type(value)), type(value).__name__)
 
 
 # --- Dub, Customers: what users touch -------------------------------------------------------------
@@ -744,8 +755,9 @@ class _Connection(io.BufferedReader):
     def get(self, head: str, ends: float) -> Tuple[_Answer, bool]:
         """The answer to a GET, and whether another may follow on this connection."""
         response = self.ask("GET", head, ends)
-        lengths = response.headers.get_all("Content-Length", [])
-        if not all(each.strip().isdecimal() and each == lengths[0] for each in lengths):
+        # http.client reads on to the end of the stream where it cannot make out the length.
+        unknown = response.length is None and not response.chunked
+        if unknown and "Content-Length" in response.headers:
             raise http.client.HTTPException("a Content-Length that is no length")
         try:
             body = response.read(_MAX_BODY + 1)
@@ -753,10 +765,9 @@ class _Connection(io.BufferedReader):
             raise http.client.HTTPException("a chunk of negative size") from error
         if response.length and len(body) <= _MAX_BODY:
             raise http.client.IncompleteRead(body, response.length)
-        closing = "close" in ",".join(response.headers.get_all("Connection", ())).lower()
         whole = response.isclosed() and response.status >= 200
         answer = _Answer(response.status, response.reason, response.headers, body)
-        return answer, whole and not (closing or response.will_close)
+        return answer, whole and not response.will_close
 
 
 class _ProxyHandler(urllib.request.ProxyHandler):
@@ -841,9 +852,11 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
 
     def bound(self) -> None:
         """Hang up the oldest beyond the bound; all once closed, also those kept after that."""
-        with contextlib.suppress(IndexError):  # other threads may have emptied it
+        try:
             while len(self.idle) > (0 if self.closed else _MAX_IDLE):
                 self.idle.pop(0).hang_up()
+        except IndexError:
+            pass  # other threads have emptied it
 
     def connect(self, route: Tuple[Optional[str], ...], ends: float) -> _Connection:
         """A new connection: to the server or a proxy, through its tunnel, with TLS, as need be."""

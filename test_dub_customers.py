@@ -1165,6 +1165,15 @@ def test_rule_08_a_connection_is_not_shared_across_fork():
         os.close(writer)
 
 
+def test_rule_07_the_bound_holds_when_other_threads_empty_the_stack(client):
+    class Racy(list):
+        def __len__(self):
+            return 99
+
+    handler_of(client).idle = Racy()
+    handler_of(client).close()
+
+
 def test_rule_08_an_old_connection_is_not_used_again(monkeypatch):
     now = time.monotonic()
     offset = [0]
@@ -1287,9 +1296,6 @@ def test_rule_08_works_with_more_than_1024_files_open():
 
 NOT_KEPT = {
     "Connection: close": http(headers=["Connection: close"]),
-    "Connection: close after another": http(
-        headers=["Connection: keep-alive", "Connection: X, Close"]
-    ),
     "HTTP/1.0": http().replace(b"HTTP/1.1", b"HTTP/1.0"),
     "no length": b"HTTP/1.1 200 OK\r\n\r\n" + body_of("cus_1"),
 }
@@ -2035,8 +2041,6 @@ NO_ANSWERS = {
     "status line of 100 kB": b"HTTP/1.1 200 " + b"y" * 100_000 + b"\r\n\r\n",
     "negative length": http().replace(b"Length: ", b"Length: -"),
     "length no number": http().replace(b"Length: ", b"Length: x"),
-    "length with sign": http().replace(b"Length: ", b"Length: +"),
-    "two lengths": http(headers=["Content-Length: 5"]),
     "chunk of size -1": chunked().replace(b"0\r\n\r\n", b"-1\r\n" + body_of("cus_1")),
     "chunk of size -5": chunked().replace(b"0\r\n\r\n", b"-5\r\n" + body_of("cus_1")),
     "bad chunk size": chunked(b"{", end=b"zz\r\n\r\n"),
@@ -2064,16 +2068,6 @@ def test_rule_16_what_is_no_answer_is_tried_again(answer, waits):
         assert len(str(caught.value)) < 300
         assert caught.value.__cause__ is not None
         assert len(second.requests) == 1
-
-
-def test_a_length_may_be_padded_and_repeated():
-    answer = http(headers=[f"Content-Length: {len(body_of('cus_1'))}"])
-    with raw(each_connection(answer, http().replace(b"\r\n\r\n", b" \r\n\r\n"))) as (
-        server,
-        client,
-    ):
-        assert client.customers.get("cus_1").id == "cus_1"
-        assert client.customers.get("cus_1").id == "cus_1"
 
 
 # --- trying again ---------------------------------------------------------------------------------

@@ -732,20 +732,20 @@ class _Connection(io.BufferedReader):
         """Whether there is nothing to read: no end, no error, no byte nobody asked for."""
         self.wire.ends = None
         try:
-            self.peek(1)
+            self.peek()
         except _NOTHING_YET:
             return True
         except OSError:
             pass
         return False
 
-    def ask(self, method: str, head: str, ends: float) -> http.client.HTTPResponse:
+    def ask(self, head: str, ends: float) -> http.client.HTTPResponse:
         """Send a request without a body; the final answer to it, its head read."""
         self.wire.ends = ends
         self.wire.received = 0
         self.wire.send(head.encode("latin-1"))
         while True:
-            response = http.client.HTTPResponse(cast(socket.socket, self), method=method)
+            response = http.client.HTTPResponse(cast(socket.socket, self))
             response.begin()
             if self.wire.ended:  # http.client takes the end of the stream for the end of the head
                 raise http.client.RemoteDisconnected("the answer broke off in its head")
@@ -754,7 +754,7 @@ class _Connection(io.BufferedReader):
 
     def get(self, head: str, ends: float) -> Tuple[_Answer, bool]:
         """The answer to a GET, and whether another may follow on this connection."""
-        response = self.ask("GET", head, ends)
+        response = self.ask(head, ends)
         # http.client reads on to the end of the stream where it cannot make out the length.
         unknown = response.length is None and not response.chunked
         if unknown and "Content-Length" in response.headers:
@@ -889,7 +889,7 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
         headers = {"Host": target}
         if authorization is not None:
             headers["Proxy-Authorization"] = authorization
-        response = connection.ask("CONNECT", _head(f"CONNECT {target}", headers), ends)
+        response = connection.ask(_head(f"CONNECT {target}", headers), ends)
         if not 200 <= response.status < 300:
             refusal = f"proxy {connection.route[1]} answered {response.status} to CONNECT"
             if response.status in _RETRIED_STATUSES:

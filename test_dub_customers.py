@@ -423,6 +423,17 @@ def test_mapping_expanded_customer_field_by_field():
     )
 
 
+def test_optional_fields_default_to_none():
+    for model, required in (
+        (Customer("a", "b", "c"), 3),
+        (Link("a", "b", "c", "d", "e"), 5),
+        (Partner("a", "b"), 2),
+        (Discount("a", 1, "b"), 3),
+    ):
+        values = [getattr(model, each.name) for each in dataclasses.fields(model)]
+        assert set(map(repr, values[required:])) <= {"None", "{}"}
+
+
 def test_fields_stand_in_the_documented_order():
     def names(cls):
         return " ".join(each.name for each in dataclasses.fields(cls))
@@ -1032,6 +1043,15 @@ def test_rule_06_a_redirect_may_lack_its_target(status):
         with pytest.raises(dub_customers.APIError, match=f"^{status}: X$"):
             client.customers.get("cus_1")
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [299, 400])
+def test_rule_06_only_a_3xx_is_a_redirect(status):
+    answer = http(b"", f"{status} X", ["Location: /elsewhere"])
+    with raw(each_connection(answer)) as (server, client):
+        with pytest.raises(dub_customers.DubError) as caught:
+            client.customers.get("cus_1")
+    assert "redirect" not in str(caught.value)
 
 
 def test_rule_07_100_calls_use_one_connection():

@@ -701,12 +701,13 @@ class _Connection(io.BufferedReader):
     Nothing refers back to it: one that is dropped is closed at once (by `_Wire`, as any file).
     """
 
+    idle_since: float
+
     def __init__(self, sock: socket.socket, route: Tuple[Optional[str], ...]) -> None:
         self.wire = _Wire(sock)
         super().__init__(self.wire)
         self.route = route
         self.process = os.getpid()
-        self.idle_since = 0.0
 
     def makefile(self, mode: str) -> _Connection:
         return self  # to http.client this object is the socket too
@@ -972,7 +973,7 @@ _ERRORS: Dict[int, Type[APIError]] = {
 def _finite(text: str) -> float:
     number = float(text)
     if math.isinf(number):
-        raise ValueError(f"{_one_line(text, 40)} is beyond a float")
+        raise ValueError("a number beyond a float")
     return number
 
 

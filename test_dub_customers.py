@@ -1037,6 +1037,14 @@ def test_rule_06_redirects_are_not_followed(client, httpserver, status, target):
     assert len(httpserver.log) == 1
 
 
+@pytest.mark.parametrize("status", [300, 305, 399])
+def test_rule_06_any_3xx_names_its_target(status):
+    answer = http(b"{}", f"{status} X", ["Location: /elsewhere"])
+    with raw(each_connection(answer)) as (server, client):
+        with pytest.raises(dub_customers.APIError, match=f"^{status}: redirect to /elsewhere not"):
+            client.customers.get("cus_1")
+
+
 @pytest.mark.parametrize("status", [300, 302, 304, 399])
 def test_rule_06_a_redirect_may_lack_its_target(status):
     with raw(each_connection(http(b"", f"{status} X"))) as (server, client):
@@ -1446,6 +1454,24 @@ def test_rule_10_deadline_bounds_the_tls_handshake(tls):
         url = server.url.replace("http", "https")
         with Dub(TOKEN, server_url=url, ssl_context=tls.trusting) as client:
             assert_times_out(client)
+
+
+def test_rule_10_each_try_gets_what_is_left(client, monkeypatch, waits):
+    now, given = time.monotonic(), []
+    monkeypatch.setattr("time.monotonic", lambda: now + sum(waits))
+    monkeypatch.setattr("random.uniform", lambda low, high: high)
+
+    def lose(request, timeout):
+        given.append(timeout)
+        raise ConnectionError("lost")
+
+    monkeypatch.setattr(client._session.opener, "open", lose)
+    with pytest.raises(dub_customers.NoResponseError, match="ConnectionError: lost$"):
+        client.customers.get("cus_1", timeout_ms=1500)
+    assert given == pytest.approx([1.5, 1.0], rel=1e-5)
+    with pytest.raises(dub_customers.NoResponseError):
+        client.customers.get("cus_1")
+    assert given[2:] == pytest.approx([30.0, 29.5, 28.5], rel=1e-5)
 
 
 @contextmanager
@@ -1948,8 +1974,8 @@ NOT_JSON = {
     "deep nesting in a field": (b'{"id": ' + DEEP, ""),
     "NaN": (b'{"id": NaN}', r"NaN is not JSON"),
     "Infinity": (b'{"id": -Infinity}', "-Infinity is not JSON"),
-    "1e999": (b'{"unknown": 1e999}', "1e999 is beyond a float"),
-    "-1e999": (b'{"unknown": -1e999}', "-1e999 is beyond a float"),
+    "1e999": (b'{"unknown": 1e999}', "a number beyond a float"),
+    "-1e999": (b'{"unknown": -1e999}', "a number beyond a float"),
     "UTF-16": (body_of("cus_1").decode().encode("utf-16"), "'utf-8' codec"),
     "cut object": (body_of("cus_1")[:-1], ""),
 }
@@ -2459,6 +2485,9 @@ def test_command_used_wrongly_exits_with_2(monkeypatch, capsys, args):
     assert run_command(monkeypatch, *args) == 2
     out, err = capsys.readouterr()
     assert (out, err[:6]) == ("", "usage:")
+    assert args == ["--unknown"] or "error: " in err
+    if args in ([], ["--demo", "cus_1"]):
+        assert err.endswith(": error: give an ID, or --demo\n")
 
 
 def test_command_helps_and_tells_its_version(monkeypatch, capsys):
@@ -2468,9 +2497,9 @@ def test_command_helps_and_tells_its_version(monkeypatch, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "Print a customer of the Dub API as JSON. The key is read from DUB_API_KEY." in shown
     assert "[--expand] [--server-url URL] [--version] [--demo] [ID]" in shown
-    for text in ("cus_... or ext_ and the externalId", "with link, partner and discount"):
-        assert text in shown
-    assert "fetch the documented example from a server in here" in shown
+    assert "ID cus_... or ext_ and the externalId" in shown
+    assert "--expand with link, partner and discount" in shown
+    assert "--demo fetch the documented example from a server in here" in shown
 
 
 def test_demo_needs_no_key_network_or_proxy_settings(monkeypatch, capsys):

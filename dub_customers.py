@@ -419,8 +419,8 @@ class Customers:
         http_headers: sent as well, or in place of the client's of the same name.
 
         Raises an APIError by status, NoResponseError, RequestTimeout or ResponseValidationError,
-        all of them DubError; before any traffic TypeError or ValueError for what it cannot take,
-        and RuntimeError once the client is closed.
+        all of them DubError; TypeError or ValueError for what it cannot take, before it is
+        sent; and RuntimeError once the client is closed.
         """
         if request is not None:
             if id is not None or include_expanded_fields is not None:
@@ -436,7 +436,7 @@ class Customers:
 
 
 class Dub:
-    """A client of the Dub API. Threads may share it; it survives fork, and pickle and copy.
+    """A client of the Dub API. Threads may share it; it survives fork and pickle.
 
     token: an API key (`dub_...`), or a callable asked for one before each try; None reads the
         environment variable DUB_API_KEY, now.
@@ -515,8 +515,13 @@ _LONGEST_TIMEOUT_MS = 2**31 - 1
 # A host: labels of up to 63 letters, digits, hyphens or underscores; or IPv6 in brackets.
 _HOST = r"(?:(?:[a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?|\[[0-9a-f:.]+\])(?::[0-9]+)?"
 # A path: what may stand there by RFC 3986, so neither `?` nor `#`.
-_SERVER_URL = re.compile(rf"(?i)https?://{_HOST}(?:/[a-z0-9._~!$&'()*+,;=:@%/-]*)?", re.ASCII)
-_PROXY_URL = re.compile(rf"(?i)(?:https?://)?(?:[^/@]*@)?{_HOST}/?", re.ASCII)
+_SERVER_URL = re.compile(rf"(?i)https?://({_HOST})(?:/[a-z0-9._~!$&'()*+,;=:@%/-]*)?", re.ASCII)
+# As urllib splits it: the user may hold any slash but before a second @; a path is ignored.
+_PROXY_URL = re.compile(
+    r"(?is)(?:https?://(?:[^@\ud800-\udfff]*@(?:[^@/\ud800-\udfff]*@)*)?"
+    rf"|(?:[^@/\ud800-\udfff]*@)*)({_HOST})(?:/.*)?",
+    re.ASCII,
+)
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[\t -~\x80-\xff]*")
 _NOT_OF_A_TOKEN = re.compile(r"[^!-~]")
@@ -595,24 +600,20 @@ def _checked_server_url(server_url: str) -> urllib.parse.SplitResult:
     """The parts of it. An error does not echo the URL, which may hold a password."""
     if not isinstance(cast(object, server_url), str):
         raise TypeError(f"server_url: expected str, got {type(server_url).__name__}")
-    parts = _split_url(_SERVER_URL, server_url)
-    if parts is None:
+    if not _names_a_host(_SERVER_URL, server_url):
         raise ValueError(
             "server_url: expected http(s)://host[:port][/path], without user, query or fragment"
         )
-    return parts
+    return urllib.parse.urlsplit(server_url)
 
 
-def _split_url(pattern: Pattern[str], url: str) -> Optional[urllib.parse.SplitResult]:
-    """The parts of a URL; None if it does not fit the pattern, or port or IPv6 address is off."""
-    if pattern.fullmatch(url):
-        try:
-            parts = urllib.parse.urlsplit(url if "://" in url else f"//{url}")
-            if parts.port != 0:
-                return parts
-        except ValueError:
-            pass
-    return None
+def _names_a_host(pattern: Pattern[str], url: str) -> bool:
+    """Whether a URL fits the pattern, and the host in it has a sane port or IPv6 address if any."""
+    match = pattern.fullmatch(url)
+    try:
+        return match is not None and urllib.parse.urlsplit(f"//{match.group(1)}").port != 0
+    except ValueError:
+        return False
 
 
 def _is_loopback(host: str) -> bool:
@@ -623,7 +624,7 @@ def _checked_timeout_ms(timeout_ms: float) -> float:
     if isinstance(timeout_ms, bool) or not isinstance(cast(object, timeout_ms), (int, float)):
         raise TypeError(f"timeout_ms: expected int or float, got {type(timeout_ms).__name__}")
     if not 0 < timeout_ms <= _LONGEST_TIMEOUT_MS:
-        raise ValueError(f"timeout_ms: {timeout_ms} is not above 0 and at most 24 days")
+        raise ValueError("timeout_ms: expected more than 0 and less than 2**31")
     return timeout_ms
 
 
@@ -631,7 +632,7 @@ def _checked_max_retries(max_retries: int) -> int:
     if isinstance(max_retries, bool) or not isinstance(cast(object, max_retries), int):
         raise TypeError(f"max_retries: expected int, got {type(max_retries).__name__}")
     if max_retries < 0:
-        raise ValueError(f"max_retries: {max_retries} is below 0")
+        raise ValueError("max_retries: expected 0 or more")
     return max_retries
 
 
@@ -775,9 +776,9 @@ class _ProxyHandler(urllib.request.ProxyHandler):
     """urllib's, but for a setting that is no proxy's URL: there urllib fails, loops or guesses."""
 
     def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> Any:
-        if urllib.request.proxy_bypass(req.host):
+        if req.has_proxy() or urllib.request.proxy_bypass(req.host):
             return None
-        if _split_url(_PROXY_URL, proxy) is None:  # not shown: it may hold a password
+        if not _names_a_host(_PROXY_URL, proxy):  # not shown: it may hold a password
             raise NoResponseError(f"{type}_proxy is set to something else than a proxy's URL")
         return super().proxy_open(req, proxy, type)
 
@@ -1090,8 +1091,9 @@ class _Session:
         ends = time.monotonic() + timeout_ms / 1000
         tried = 0
         while True:
+            headers = self.headers(http_headers)
             try:
-                return _customer(self.attempt(path, http_headers, ends))
+                return _customer(self.attempt(path, headers, ends))
             except (APIError, _Lost) as error:
                 wait = _wait(error, tried)
                 if wait is None or tried >= max_retries or time.monotonic() + wait >= ends:
@@ -1110,17 +1112,20 @@ class _Session:
         reason = _one_line(f"{type(cause).__name__}: {cause}", 200)
         return NoResponseError(f"no answer from {self.server_url}: {reason}")
 
-    def attempt(self, path: str, http_headers: Mapping[str, str], ends: float) -> _Answer:
-        """One request and its answer, noted in the log."""
+    def headers(self, http_headers: Mapping[str, str]) -> Mapping[str, str]:
+        """What to send. What a token callable raises is its caller's business, not a failed try."""
         token = _checked_token(self.token(), "token()") if callable(self.token) else self.token
-        headers = {
+        return {
             "Authorization": f"Bearer {token}",
             "Accept": "application/json",
             "User-Agent": _USER_AGENT,
             **http_headers,
         }
+
+    def attempt(self, path: str, headers: Mapping[str, str], ends: float) -> _Answer:
+        """One request and its answer, noted in the log."""
         # Request files headers under one spelling of their names: so a user's replace ours.
-        request = urllib.request.Request(self.server_url + path, headers=headers)
+        request = urllib.request.Request(self.server_url + path, headers=dict(headers))
         started = time.monotonic()
         outcome: object = None
         try:
@@ -1138,9 +1143,10 @@ class _Session:
 
 def _log_attempt(path: str, outcome: object, milliseconds: float) -> None:
     # Importing logging takes 10 ms: whoever wants the line has done it already.
-    logging = sys.modules.get("logging")
-    if logging is not None:
-        logging.getLogger(__name__).debug("GET %s %s %.1f ms", path, outcome, milliseconds)
+    # Another thread may be importing it just now.
+    get_logger = getattr(sys.modules.get("logging"), "getLogger", None)
+    if get_logger is not None:
+        get_logger(__name__).debug("GET %s %s %.1f ms", path, outcome, milliseconds)
 
 
 def _wait(error: Exception, tried: int) -> Optional[float]:
@@ -1228,7 +1234,7 @@ def _main() -> int:
                 expand = options.expand or None
                 customer = client.customers.get(options.id, include_expanded_fields=expand)
         print(json.dumps(customer.raw, indent=2), flush=True)
-    except (DubError, OSError, ValueError, KeyboardInterrupt) as error:
+    except (DubError, OSError, ValueError, Warning, KeyboardInterrupt) as error:
         print("error:", _one_line(str(error) or type(error).__name__, 600), file=sys.stderr)
         # Output that could not be written stays in the buffer, and would fail once more at exit.
         if isinstance(error, OSError) and not isinstance(error, DubError):
@@ -1247,7 +1253,6 @@ def _demo() -> Customer:
         def do_GET(self) -> None:
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(_EXAMPLE)))
             self.end_headers()
             self.wfile.write(_EXAMPLE)
 

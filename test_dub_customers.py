@@ -1426,6 +1426,7 @@ def assert_times_out(client, timeout_ms=150, **kwargs):
     url = client._session.server_url
     assert str(caught.value) == f"no answer from {url} within {timeout_ms} ms"
     assert caught.value.__cause__ is not None
+    return caught.value
 
 
 @pytest.mark.parametrize("script", list(NEVER.values()), ids=list(NEVER))
@@ -1456,22 +1457,25 @@ def test_rule_10_deadline_bounds_the_tls_handshake(tls):
             assert_times_out(client)
 
 
-def test_rule_10_each_try_gets_what_is_left(client, monkeypatch, waits):
-    now, given = time.monotonic(), []
+def test_rule_10_each_try_gets_what_is_left(client, monkeypatch, waits, caplog):
+    caplog.set_level(logging.DEBUG, "dub_customers")
+    now, given = 1000.0, []
     monkeypatch.setattr("time.monotonic", lambda: now + sum(waits))
     monkeypatch.setattr("random.uniform", lambda low, high: high)
 
     def lose(request, timeout):
         given.append(timeout)
+        waits.append(0.25)  # so long it takes
         raise ConnectionError("lost")
 
     monkeypatch.setattr(client._session.opener, "open", lose)
     with pytest.raises(dub_customers.NoResponseError, match="ConnectionError: lost$"):
-        client.customers.get("cus_1", timeout_ms=1500)
-    assert given == pytest.approx([1.5, 1.0], rel=1e-5)
+        client.customers.get("cus_1", timeout_ms=2000)
+    assert given == pytest.approx([2.0, 1.25], rel=1e-5)
     with pytest.raises(dub_customers.NoResponseError):
         client.customers.get("cus_1")
-    assert given[2:] == pytest.approx([30.0, 29.5, 28.5], rel=1e-5)
+    assert given[2:] == pytest.approx([30.0, 29.25, 28.0], rel=1e-5)
+    assert {record.getMessage().split(" ", 3)[3] for record in caplog.records} == {"250.0 ms"}
 
 
 @contextmanager
@@ -1510,7 +1514,7 @@ def test_rule_10_no_name_is_asked_for_past_the_deadline(monkeypatch):
     with raw(script) as (server, client):
         client.customers.get("cus_1")
         monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("asked"))
-        assert_times_out(client)
+        assert str(assert_times_out(client).__cause__.__cause__) == "timed out"
 
 
 @pytest.mark.filterwarnings("ignore:the token goes to")
@@ -1589,6 +1593,13 @@ def test_rule_11_a_body_of_1_mib_is_read_and_no_more(framing):
             client.customers.get("cus_1")
         assert len(caught.value.body) == MIB
     assert len(server.requests) == 2
+
+
+def test_rule_11_a_body_cut_at_1_mib_is_cut():
+    answer = http(of_size(MIB * 2))
+    with raw(each_connection(answer[: answer.index(b"{") + MIB])) as (server, client):
+        with pytest.raises(dub_customers.NoResponseError, match="IncompleteRead"):
+            client.customers.get("cus_1")
 
 
 def endless(status, framing):
@@ -1877,7 +1888,12 @@ PROXIES_REFUSED += [
     "http://u:pa55word%40h:1",
     "http://u:pa55word@",
 ]
-PROXIES_REFUSED += ["http://u:pa55/word@h", "http://u:pa55word@h:65536", "ftp://u:pa55word@h"]
+PROXIES_REFUSED += ["http://u:pa55word@h:65536", "ftp://u:pa55word@h", "http://u:pa55word@h:0"]
+PROXIES_REFUSED += [
+    "http://u:pa55word\udce9@h",
+    "http://@\udce9pa55word@h",
+    "http://pa55word@[:::]",
+]
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
@@ -1890,7 +1906,11 @@ def test_rule_12_a_proxy_setting_that_is_no_url(monkeypatch, scheme, setting):
     assert [str(error) for error in chain(caught.value)] == [message]
 
 
-@pytest.mark.parametrize("setting", ["{}", "u:p@{}", "HTTP://{}/", "http://u@{}"])
+PROXIES_TAKEN = ["{}", "u:p@{}", "u@p@{}", "HTTP://{}/path", "http://u:p@ss@{}", "http://u:a/b@{}"]
+PROXIES_TAKEN += ["http://u:#?[@{}"]
+
+
+@pytest.mark.parametrize("setting", PROXIES_TAKEN)
 def test_rule_12_a_proxy_setting_as_short_as_urllib_takes_it(monkeypatch, setting):
     with raw_server(proxy) as relay:
         monkeypatch.setenv("http_proxy", setting.format(f"127.0.0.1:{relay.port}"))
@@ -1935,6 +1955,15 @@ def test_rule_12_a_proxy_reached_by_tls(tls, monkeypatch):
         with Dub(TOKEN, server_url="http://localhost:1", ssl_context=tls.trusting) as client:
             assert client.customers.get("cus_1").id == "cus_1"
     assert relay.requests[0].startswith("GET http://localhost:1/customers/cus_1 HTTP/1.1")
+
+
+def test_rule_12_one_proxy_is_not_reached_by_another(tls, monkeypatch):
+    with raw_server(proxy, tls.good) as relay, raw_server(proxy) as other:
+        monkeypatch.setenv("http_proxy", f"https://127.0.0.1:{relay.port}")
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{other.port}")
+        with Dub(TOKEN, server_url="http://localhost:1", ssl_context=tls.trusting) as client:
+            assert client.customers.get("cus_1").id == "cus_1"
+    assert (len(relay.requests), other.connections) == (1, 0)
 
 
 def test_rule_12_a_users_proxy_authorization_never_reaches_the_server():
@@ -2153,7 +2182,9 @@ def test_rule_16_connection_failures_are_tried_again(waits, reset):
     assert len(waits) == 2
 
 
-@pytest.mark.parametrize("error", [OSError, TimeoutError, ValueError, KeyError])
+@pytest.mark.parametrize(
+    "error", [OSError, TimeoutError, ValueError, dub_customers.InternalServerError]
+)
 def test_rule_16_what_the_token_callable_raises_is_the_callers(httpserver, error):
     asked = []
 
@@ -2388,6 +2419,23 @@ def test_without_logging_imported_nothing_is_logged(client, httpserver, monkeypa
     served(httpserver)
     monkeypatch.delitem(sys.modules, "logging")
     assert client.customers.get("cus_1").id == "cus_1"
+    monkeypatch.setitem(sys.modules, "logging", types.ModuleType("half imported"))
+    assert client.customers.get("cus_1").id == "cus_1"
+
+
+def test_a_reason_is_told_in_at_most_200_characters():
+    with raw(each_connection(b"HTTP/9" + b"y" * 5000 + b"\r\n")) as (server, client):
+        with pytest.raises(dub_customers.NoResponseError) as caught:
+            client.customers.get("cus_1", max_retries=0)
+    head = f"no answer from {server.url}: BadStatusLine: HTTP/9yyy"
+    assert str(caught.value).startswith(head)
+    assert len(str(caught.value)) == len(f"no answer from {server.url}: ") + 200
+
+
+def test_a_chunk_of_negative_size_is_named():
+    connection = dub_customers._Wire(socket.socket())
+    with connection, pytest.raises(Exception, match="^a chunk of negative size$"):
+        connection.readall()
 
 
 FAILURES = {
@@ -2468,6 +2516,14 @@ def test_command_fails_with_one_line_and_status_1(httpserver, monkeypatch, capsy
     assert capsys.readouterr().err == "error: no token: give token=... or set DUB_API_KEY\n"
 
 
+def test_command_fails_in_one_line_where_warnings_are_errors(monkeypatch, capsys):
+    monkeypatch.setenv("DUB_API_KEY", TOKEN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run_command(monkeypatch, "cus_1", "--server-url", "http://dub.test") == 1
+    assert capsys.readouterr().err == "error: the token goes to dub.test in clear: use https\n"
+
+
 def test_command_interrupted(monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -2497,6 +2553,7 @@ def test_command_helps_and_tells_its_version(monkeypatch, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "Print a customer of the Dub API as JSON. The key is read from DUB_API_KEY." in shown
     assert "[--expand] [--server-url URL] [--version] [--demo] [ID]" in shown
+    assert "[ID] Print a customer" in shown
     assert "ID cus_... or ext_ and the externalId" in shown
     assert "--expand with link, partner and discount" in shown
     assert "--demo fetch the documented example from a server in here" in shown

@@ -43,7 +43,6 @@ from typing import (
     NamedTuple,
     NoReturn,
     Optional,
-    Pattern,
     Tuple,
     Type,
     TypedDict,
@@ -186,7 +185,8 @@ _NUMBER: Tuple[type, ...] = (int, float)
 _OR_NONE: Tuple[type, ...] = (type(None),)
 _STRING_OR_NONE = _STRING + _OR_NONE
 _NUMBER_OR_NONE = _NUMBER + _OR_NONE
-_OBJECT_OR_NONE = (dict, *_OR_NONE)
+_OBJECT: Tuple[type, ...] = (dict,)
+_OBJECT_OR_NONE = _OBJECT + _OR_NONE
 
 
 @dataclass(frozen=True)
@@ -350,12 +350,11 @@ def _read(
     data: Any, path: str, table: Mapping[str, Tuple[str, Tuple[type, ...]]]
 ) -> Dict[str, Any]:
     """The fields of a decoded object, by a table of field: (JSON key, what it may hold)."""
-    if not isinstance(data, dict):
+    if type(data) not in _OBJECT:
         raise ResponseValidationError(f"{path}: expected object, got {_kind(data)}")
-    get = cast(Dict[str, Any], data).get
     fields: Dict[str, Any] = {}
     for name, (key, kinds) in table.items():
-        value = get(key)
+        value = data.get(key)
         if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
             got = _kind(value) if key in data else "nothing"
             raise ResponseValidationError(f"{path}.{key}: expected {_KINDS[kinds[0]]}, got {got}")
@@ -512,19 +511,19 @@ _USER_AGENT = "dub_customers/{} Python/{}.{}".format(__version__, *sys.version_i
 # poll(2), under every timeout of a socket, counts milliseconds in a C int: 24.8 days.
 _LONGEST_TIMEOUT_MS = 2**31 - 1
 
+# Patterns, which re compiles when first used: a call needs few of them.
 # A host: labels of up to 63 letters, digits, hyphens or underscores; or IPv6 in brackets.
 _HOST = r"(?:(?:[a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?|\[[0-9a-f:.]+\])(?::[0-9]+)?"
 # A path: what may stand there by RFC 3986, so neither `?` nor `#`.
-_SERVER_URL = re.compile(rf"(?i)https?://({_HOST})(?:/[a-z0-9._~!$&'()*+,;=:@%/-]*)?", re.ASCII)
+_SERVER_URL = rf"(?ai)https?://({_HOST})(?:/[a-z0-9._~!$&'()*+,;=:@%/-]*)?"
 # As urllib splits it: the user may hold any slash but before a second @; a path is ignored.
-_PROXY_URL = re.compile(
-    r"(?is)(?:https?://(?:[^@\ud800-\udfff]*@(?:[^@/\ud800-\udfff]*@)*)?"
-    rf"|(?:[^@/\ud800-\udfff]*@)*)({_HOST})(?:/.*)?",
-    re.ASCII,
+_PROXY_URL = (
+    r"(?ais)(?:https?://(?:[^@\ud800-\udfff]*@(?:[^@/\ud800-\udfff]*@)*)?"
+    rf"|(?:[^@/\ud800-\udfff]*@)*)({_HOST})(?:/.*)?"
 )
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_HEADER_VALUE = re.compile(r"[\t -~\x80-\xff]*")
-_NOT_OF_A_TOKEN = re.compile(r"[^!-~]")
+_HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_HEADER_VALUE = r"[\t -~\x80-\xff]*"
+_NOT_PRINTABLE = r"[^!-~]"
 
 
 def _unpack_request(request: GetCustomerRequest) -> Tuple[Optional[str], Optional[bool]]:
@@ -565,7 +564,7 @@ def _checked_token(token: object, source: str) -> str:
         raise TypeError(f"{source}: expected str, got {type(token).__name__}")
     if not token:
         raise ValueError(f"{source} is empty")
-    bad = _NOT_OF_A_TOKEN.search(token)
+    bad = re.search(_NOT_PRINTABLE, token)
     if bad:
         names = {"\n": "line break", "\r": "line break", " ": "space", "\t": "tab", "\ufeff": "BOM"}
         other = "control character" if bad.group() <= "\x7f" else "non-ASCII character"
@@ -584,11 +583,11 @@ def _checked_headers(http_headers: Mapping[str, str]) -> Mapping[str, str]:
         for text in (name, value):
             if not isinstance(cast(object, text), str):
                 raise TypeError(f"http_headers: expected str, got {type(text).__name__}")
-        if not _HEADER_NAME.fullmatch(name):
+        if not re.fullmatch(_HEADER_NAME, name):
             raise ValueError("http_headers: one of the names is no name of a header")
         if name.lower() in ("content-length", "transfer-encoding"):
             raise ValueError(f"http_headers: {name} announces a body, and a GET here has none")
-        if not _HEADER_VALUE.fullmatch(value):
+        if not re.fullmatch(_HEADER_VALUE, value):
             raise ValueError(
                 f"http_headers: the value of {name} has a line break, another control character, "
                 "or one that is not Latin-1"
@@ -607,9 +606,9 @@ def _checked_server_url(server_url: str) -> urllib.parse.SplitResult:
     return urllib.parse.urlsplit(server_url)
 
 
-def _names_a_host(pattern: Pattern[str], url: str) -> bool:
+def _names_a_host(pattern: str, url: str) -> bool:
     """Whether a URL fits the pattern, and the host in it has a sane port or IPv6 address if any."""
-    match = pattern.fullmatch(url)
+    match = re.fullmatch(pattern, url)
     try:
         return match is not None and urllib.parse.urlsplit(f"//{match.group(1)}").port != 0
     except ValueError:
@@ -1112,7 +1111,7 @@ class _Session:
         reason = _one_line(f"{type(cause).__name__}: {cause}", 200)
         return NoResponseError(f"no answer from {self.server_url}: {reason}")
 
-    def headers(self, http_headers: Mapping[str, str]) -> Mapping[str, str]:
+    def headers(self, http_headers: Mapping[str, str]) -> Dict[str, str]:
         """What to send. What a token callable raises is its caller's business, not a failed try."""
         token = _checked_token(self.token(), "token()") if callable(self.token) else self.token
         return {
@@ -1122,10 +1121,10 @@ class _Session:
             **http_headers,
         }
 
-    def attempt(self, path: str, headers: Mapping[str, str], ends: float) -> _Answer:
+    def attempt(self, path: str, headers: Dict[str, str], ends: float) -> _Answer:
         """One request and its answer, noted in the log."""
         # Request files headers under one spelling of their names: so a user's replace ours.
-        request = urllib.request.Request(self.server_url + path, headers=dict(headers))
+        request = urllib.request.Request(self.server_url + path, headers=headers)
         started = time.monotonic()
         outcome: object = None
         try:

@@ -355,7 +355,8 @@ def _read(
     fields: Dict[str, Any] = {}
     for name, (key, kinds) in table.items():
         value = data.get(key)
-        if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+        kind: object = type(value)
+        if kind not in kinds or (kind is float and not math.isfinite(value)):
             got = _kind(value) if key in data else "nothing"
             raise ResponseValidationError(f"{path}.{key}: expected {_KINDS[kinds[0]]}, got {got}")
         fields[name] = value

@@ -355,7 +355,7 @@ def _read(
     fields: Dict[str, Any] = {}
     for name, (key, kinds) in table.items():
         value = data.get(key)
-        kind: object = type(value)
+        kind = value.__class__
         if kind not in kinds or (kind is float and not math.isfinite(value)):
             got = _kind(value) if key in data else "nothing"
             raise ResponseValidationError(f"{path}.{key}: expected {_KINDS[kinds[0]]}, got {got}")

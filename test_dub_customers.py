@@ -1672,6 +1672,7 @@ def tls(tmp_path_factory):
         authority=str(folder / "ca.pem"),
         trusting=ssl.create_default_context(cafile=str(folder / "ca.pem")),
         good=server("good", here, "20200101000000Z", "20450101000000Z"),
+        named=server("named", "DNS:localhost", "20200101000000Z", "20450101000000Z"),
         other=server("other", "DNS:example.com", "20200101000000Z", "20450101000000Z"),
         expired=server("expired", here, "20200101000000Z", "20210101000000Z"),
     )
@@ -1834,6 +1835,14 @@ def test_rule_12_https_through_a_proxy(tls, monkeypatch, credentials):
     assert TOKEN not in relay.requests[0]
     assert "proxy-authorization" not in headers_of(server.requests[0])
     assert headers_of(server.requests[0])["host"] == f"127.0.0.1:{server.port}"
+
+
+def test_rule_12_through_a_tunnel_the_certificate_is_the_servers(tls, monkeypatch):
+    with raw_server(proxy) as relay, raw_server(Peer.answer_by_id, tls.named) as server:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{relay.port}")
+        url = f"https://localhost:{server.port}"
+        with Dub(TOKEN, server_url=url, ssl_context=tls.trusting) as client:
+            assert client.customers.get("cus_1").id == "cus_1"
 
 
 def test_rule_12_the_tunnel_names_the_default_port(monkeypatch):

@@ -472,7 +472,7 @@ class Dub:
         if ssl_context is not None and not hasattr(ssl_context, "wrap_socket"):
             raise TypeError(f"ssl_context: expected SSLContext, got {type(ssl_context).__name__}")
         server = _checked_server_url(server_url)
-        if server.scheme == "http" and not _is_loopback(server.hostname or ""):
+        if server.scheme == "http" and not _is_loopback(str(server.hostname)):
             warnings.warn(f"the token goes to {server.netloc} in clear: use https", stacklevel=2)
         self._session = _Session(
             token,
@@ -665,11 +665,12 @@ class _Wire(io.RawIOBase):
     A socket's own timeout bounds one operation: a byte a second would outlive it for ever.
     """
 
+    ends: Optional[float]  # None: do not wait
+    received: int  # bytes of this answer so far
+    ended: bool  # the server has closed its side
+
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.ends: Optional[float] = None  # None: do not wait
-        self.received = 0  # bytes of this answer so far
-        self.ended = False  # the server has closed its side
 
     def send(self, data: bytes) -> None:
         while data:
@@ -868,7 +869,7 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
             raise NoResponseError("https needs the module ssl, which this Python does not have")
         first = urllib.parse.urlsplit(f"//{netloc}")
         try:
-            sock = _connected_socket(first.hostname or "", first.port or (443 if tls else 80), ends)
+            sock = _connected_socket(str(first.hostname), first.port or (443 if tls else 80), ends)
         except OSError as error:
             raise ConnectionError(f"cannot connect to {netloc}: {error}") from error
         connection = _Connection(sock, route)
@@ -878,7 +879,7 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
                 tls_host = self.server.hostname
                 self.open_tunnel(connection, proxy_authorization, ends)
             if tls:
-                self.start_tls(connection, tls_host or "", ends)
+                self.start_tls(connection, str(tls_host), ends)
         except BaseException:
             connection.hang_up()
             raise
@@ -1001,7 +1002,7 @@ def _customer(answer: _Answer) -> Customer:
         for name in ("Content-Type", "Content-Encoding"):
             if name in headers:
                 described += f", {name} {_one_line(headers[name], 80)}"
-        start = _one_line(body[:160].decode("utf-8", "replace"), 100)
+        start = _one_line(body[:100].decode("utf-8", "replace"), 100)
         raise ResponseValidationError(f"{described}: {start!r}", body=body[:_MAX_BODY]) from error
     try:
         return Customer.from_json(data)
@@ -1252,7 +1253,6 @@ def _demo() -> Customer:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
-            self.send_header("Content-Type", "application/json")
             self.end_headers()
             self.wfile.write(_EXAMPLE)
 

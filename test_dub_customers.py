@@ -801,6 +801,7 @@ def test_request_may_be_any_mapping(client, httpserver):
     served(httpserver)
     assert client.customers.get(request=types.MappingProxyType({"id": "cus_1"})).id == "cus_1"
     request = dub_customers.GetCustomerRequest(id="cus_1")
+    assert dub_customers.GetCustomerRequest.__total__ is False
     assert client.customers.get(request=request).id == "cus_1"
 
 
@@ -2034,7 +2035,8 @@ def test_rule_14_a_body_that_is_not_json_is_described(body, reason):
     assert caught.value.__cause__ is not None
     assert len(server.requests) == 1
     if b"Sign in" in body:
-        assert "'<!DOCTYPE html> <h1>Sign in</h1>xxx" in message
+        start = "<!DOCTYPE html> <h1>Sign in</h1>"
+        assert message.endswith(f"br: '{start}{'x' * (100 - len(start))}'")
 
 
 def test_rule_14_a_giant_number_is_never_another_error():
@@ -2445,6 +2447,29 @@ def test_a_chunk_of_negative_size_is_named():
     connection = dub_customers._Wire(socket.socket())
     with connection, pytest.raises(Exception, match="^a chunk of negative size$"):
         connection.readall()
+
+
+def test_what_is_wrong_with_an_answer_is_named(client, httpserver, monkeypatch):
+    with raw(each_connection(NO_ANSWERS["length no number"])) as (server, other):
+        with pytest.raises(dub_customers.NoResponseError) as caught:
+            other.customers.get("cus_1", max_retries=0)
+    told = "HTTPException: a Content-Length that is no length"
+    assert str(caught.value) == f"no answer from {server.url}: {told}"
+
+    def read(self, amount):
+        raise ValueError("read length must be non-negative or -1")
+
+    served(httpserver)
+    monkeypatch.setattr("http.client.HTTPResponse.read", read)
+    with pytest.raises(dub_customers.NoResponseError, match="Exception: a chunk of negative size$"):
+        client.customers.get("cus_1", max_retries=0)
+
+
+def test_rule_10_nothing_left_is_too_late(monkeypatch):
+    monkeypatch.setattr("time.monotonic", lambda: 5.0)
+    with pytest.raises(socket.timeout, match="^timed out$"):
+        dub_customers._left(5.0)
+    assert dub_customers._left(5.5) == 0.5
 
 
 FAILURES = {

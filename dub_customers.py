@@ -610,9 +610,14 @@ def _checked_server_url(server_url: str) -> urllib.parse.SplitResult:
 def _names_a_host(pattern: str, url: str) -> bool:
     """Whether a URL fits the pattern, and the host in it has a sane port or IPv6 address if any."""
     match = re.fullmatch(pattern, url)
+    if match is None:
+        return False
     try:
-        return match is not None and urllib.parse.urlsplit(f"//{match.group(1)}").port != 0
-    except ValueError:
+        host = urllib.parse.urlsplit(f"//{match.group(1)}")
+        if "[" in host.netloc:
+            socket.inet_pton(socket.AF_INET6, str(host.hostname))
+        return host.port != 0
+    except (OSError, ValueError):
         return False
 
 

@@ -517,7 +517,8 @@ _LONGEST_TIMEOUT_MS = 2**31 - 1
 _HOST = r"(?:(?:[a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?|\[[0-9a-f:.]+\])(?::[0-9]+)?"
 # A path: what may stand there by RFC 3986, so neither `?` nor `#`.
 _SERVER_URL = rf"(?ai)https?://({_HOST})(?:/[a-z0-9._~!$&'()*+,;=:@%/-]*)?"
-# As urllib splits it: the user may hold any slash but before a second @; a path is ignored.
+# As urllib splits it: user and password end at the last @ of the host's part, and may hold a slash
+# before the first. A path is ignored. Lone surrogates are left out: urllib shows the password then.
 _PROXY_URL = (
     r"(?ais)(?:https?://(?:[^@\ud800-\udfff]*@(?:[^@/\ud800-\udfff]*@)*)?"
     rf"|(?:[^@/\ud800-\udfff]*@)*)({_HOST})(?:/.*)?"
@@ -779,7 +780,7 @@ class _Connection(io.BufferedReader):
 
 
 class _ProxyHandler(urllib.request.ProxyHandler):
-    """urllib's, but for a setting that is no proxy's URL: there urllib fails, loops or guesses."""
+    """urllib's, but a setting that is no http(s) URL of a host is refused, not guessed at."""
 
     def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> Any:
         if req.has_proxy() or urllib.request.proxy_bypass(req.host):

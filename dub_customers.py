@@ -3,23 +3,21 @@
 
     from dub_customers import Dub
 
-    with Dub(token="DUB_API_KEY") as d_client:
-        print(d_client.customers.get("ext_42", include_expanded_fields=True))
+    with Dub() as client:  # the key is in DUB_API_KEY
+        print(client.customers.get("ext_42", include_expanded_fields=True))
 
-Origin: the project dub_customers, version below. A copy stands alone and is replaced whole, never
-merged. The API's own reference: https://dub.co/docs/api-reference/endpoint/retrieve-a-customer
+Origin: the project dub_customers, version below. A copy stands alone, and is replaced whole.
+The API's own reference: https://dub.co/docs/api-reference/endpoint/retrieve-a-customer
 """
 
 from __future__ import annotations
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 import calendar
+import collections.abc
 import email.message
 import email.utils
-import functools
-import http.client
-import io
 import json
 import math
 import os
@@ -28,94 +26,40 @@ import re
 import socket
 import sys
 import time
-import urllib.parse
 import urllib.request
 import warnings
-import weakref
 from dataclasses import dataclass, field
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Dict,
-    List,
-    Mapping,
-    NamedTuple,
-    NoReturn,
-    Optional,
-    Tuple,
-    Type,
-    TypedDict,
-    TypeVar,
-    Union,
-    cast,
-)
+from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Optional, TypedDict, Union
+from urllib.parse import SplitResult, quote, urlsplit
 
-# http.client, imported above, has imported ssl wherever there is one. In a Python built without
-# it http works, and https is refused by name.
-_HAS_SSL = sys.modules.get("ssl") is not None
-if TYPE_CHECKING or _HAS_SSL:
+try:
     import ssl
-
-__all__ = [
-    "APIError",
-    "BadRequest",
-    "Conflict",
-    "Customer",
-    "Customers",
-    "Discount",
-    "Dub",
-    "DubError",
-    "Forbidden",
-    "GetCustomerRequest",
-    "InternalServerError",
-    "InviteExpired",
-    "Link",
-    "NoResponseError",
-    "NotFound",
-    "Partner",
-    "RateLimitExceeded",
-    "RequestTimeout",
-    "ResponseValidationError",
-    "Unauthorized",
-    "UnprocessableEntity",
-]
+except ImportError:  # a Python built without it: http works, https is an error that says so
+    if TYPE_CHECKING:  # where it is there
+        raise
+    ssl = None
 
 
-# --- errors: what can go wrong, by status ---------------------------------------------------------
-
-
+# --- errors: what can go wrong, by status ---
 class DubError(Exception):
     """Base of every error a call raises, except misuse (TypeError, ValueError, RuntimeError)."""
 
 
+@dataclass(eq=False)
 class APIError(DubError):
-    """The server answered, with a status other than 2xx. Subclasses exist for the documented ones.
+    """The server responded with a status other than 2xx, which alone chooses the subclass.
 
-    status_code: the HTTP status, which alone chose the class.
-    code, message, doc_url: the server's own words (https://dub.co/docs/api-reference/errors);
-        code and doc_url are None where it gave none, message then says what HTTP says.
-    headers: of the answer, looked up in any case. body: bytes, at most 1 MiB.
+    code, message, doc_url: the server's words (https://dub.co/docs/api-reference/errors), or None.
+        Without one of its own, the message is the reason and the first words of the body.
+    headers: of the response, looked up in any case. body: bytes, at most 1 MiB.
     """
 
-    # Only `message` is positional, the rest have defaults: so pickle and copy can rebuild it.
-    def __init__(
-        self,
-        message: str = "",
-        *,
-        status_code: int = 0,
-        code: Optional[str] = None,
-        doc_url: Optional[str] = None,
-        headers: Optional[Mapping[str, str]] = None,
-        body: bytes = b"",
-    ) -> None:
-        super().__init__(message)
-        self.status_code = status_code
-        self.code = code
-        self.message = message
-        self.doc_url = doc_url
-        self.headers: Mapping[str, str] = {} if headers is None else headers
-        self.body = body
+    message: str = ""
+    status_code: int = 0
+    code: Optional[str] = None
+    doc_url: Optional[str] = None
+    headers: Mapping[str, str] = field(default_factory=lambda: {}, repr=False)
+    body: bytes = field(default=b"", repr=False)
 
     def __str__(self) -> str:
         code = f" {self.code}" if self.code else ""
@@ -135,7 +79,7 @@ class Forbidden(APIError):
 
 
 class NotFound(APIError):
-    """404: no such customer in the key's workspace, or no such workspace."""
+    """404: no such customer or workspace; `code` None: not from the API, check `server_url`."""
 
 
 class Conflict(APIError):
@@ -147,13 +91,17 @@ class InviteExpired(APIError):
 
 
 class UnprocessableEntity(APIError):
-    """422: the request is well-formed but wrong."""
+    """422: mostly the server's own response failing its schema, rarely the request."""
 
 
+@dataclass(eq=False)
 class RateLimitExceeded(APIError):
-    """429: too many requests. `retry_after`: seconds until the next may go, None if not told."""
+    """429. `retry_after`: seconds until the rate window ends, which is no promise, or None."""
 
-    retry_after: Optional[float] = None
+    retry_after: Optional[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.retry_after = _retry_after(self.headers)
 
 
 class InternalServerError(APIError):
@@ -161,34 +109,22 @@ class InternalServerError(APIError):
 
 
 class NoResponseError(DubError):
-    """No whole answer came: name, connection, TLS, proxy, or it broke off. `__cause__` says why."""
+    """No whole response. `__cause__` says why: name resolution, TLS, proxy, cut off, malformed."""
 
 
 class RequestTimeout(NoResponseError, TimeoutError):
-    """`timeout_ms` ran out before an answer had come."""
+    """`timeout_ms` ran out. `__cause__` tells what was under way."""
 
 
 class ResponseValidationError(DubError):
-    """A 2xx answer is not the customer promised: the message says where. `body`: its bytes."""
+    """A 2xx response is not the customer promised. The message says where; `body` is its bytes."""
 
     def __init__(self, message: str = "", *, body: bytes = b"") -> None:
         super().__init__(message)
         self.body = body
 
 
-# --- models: JSON to dataclass, by hand, one place per object -------------------------------------
-
-
-# What a field may hold, as json decodes it. Types are compared exactly: to Python true is an int.
-_STRING: Tuple[type, ...] = (str,)
-_NUMBER: Tuple[type, ...] = (int, float)
-_OR_NONE: Tuple[type, ...] = (type(None),)
-_STRING_OR_NONE = _STRING + _OR_NONE
-_NUMBER_OR_NONE = _NUMBER + _OR_NONE
-_OBJECT: Tuple[type, ...] = (dict,)
-_OBJECT_OR_NONE = _OBJECT + _OR_NONE
-
-
+# --- models: JSON to dataclass, by hand, one line per field ---
 @dataclass(frozen=True)
 class Link:
     """The short link that brought the customer."""
@@ -201,19 +137,17 @@ class Link:
     program_id: Optional[str] = None
 
     @classmethod
-    def from_json(cls, data: object, path: str = "link") -> Link:
-        """Map the decoded object; `path` locates a misfit in the ResponseValidationError."""
-        return _made(cls, _read(data, path, _LINK))
-
-
-_LINK = {
-    "id": ("id", _STRING),
-    "domain": ("domain", _STRING),
-    "key": ("key", _STRING),
-    "short_link": ("shortLink", _STRING),
-    "url": ("url", _STRING),
-    "program_id": ("programId", _STRING_OR_NONE),
-}
+    def from_json(cls, data: Any, path: str = "link") -> Link:
+        """Map decoded JSON. A ResponseValidationError locates a mismatch, below `path`."""
+        get = _getter(data, path)
+        return cls(
+            id=get("id", str),
+            domain=get("domain", str),
+            key=get("key", str),
+            short_link=get("shortLink", str),
+            url=get("url", str),
+            program_id=get("programId", str, None),
+        )
 
 
 @dataclass(frozen=True)
@@ -226,25 +160,21 @@ class Partner:
     image: Optional[str] = None
 
     @classmethod
-    def from_json(cls, data: object, path: str = "partner") -> Partner:
-        """Map the decoded object; `path` locates a misfit in the ResponseValidationError."""
-        return _made(cls, _read(data, path, _PARTNER))
-
-
-_PARTNER = {
-    "id": ("id", _STRING),
-    "name": ("name", _STRING),
-    "email": ("email", _STRING_OR_NONE),
-    "image": ("image", _STRING_OR_NONE),
-}
+    def from_json(cls, data: Any, path: str = "partner") -> Partner:
+        """Map decoded JSON. A ResponseValidationError locates a mismatch, below `path`."""
+        get = _getter(data, path)
+        return cls(
+            id=get("id", str),
+            name=get("name", str),
+            email=get("email", str, None),
+            image=get("image", str, None),
+        )
 
 
 @dataclass(frozen=True)
 class Discount:
-    """What the customer has off. `type` is "percentage" or "flat" today; the server may add more.
-
-    `amount` is in per cent or in cents, by `type`; `max_duration` in months, None without end.
-    """
+    """What the customer has off: `amount` per cent or cents, by `type` ("percentage" or "flat" so
+    far), for `max_duration` months; 0 means once, None for ever."""
 
     id: str
     amount: Union[int, float]
@@ -256,21 +186,19 @@ class Discount:
     partners_count: Union[int, float, None] = None
 
     @classmethod
-    def from_json(cls, data: object, path: str = "discount") -> Discount:
-        """Map the decoded object; `path` locates a misfit in the ResponseValidationError."""
-        return _made(cls, _read(data, path, _DISCOUNT))
-
-
-_DISCOUNT = {
-    "id": ("id", _STRING),
-    "amount": ("amount", _NUMBER),
-    "type": ("type", _STRING),
-    "max_duration": ("maxDuration", _NUMBER_OR_NONE),
-    "description": ("description", _STRING_OR_NONE),
-    "coupon_id": ("couponId", _STRING_OR_NONE),
-    "coupon_test_id": ("couponTestId", _STRING_OR_NONE),
-    "partners_count": ("partnersCount", _NUMBER_OR_NONE),
-}
+    def from_json(cls, data: Any, path: str = "discount") -> Discount:
+        """Map decoded JSON. A ResponseValidationError locates a mismatch, below `path`."""
+        get = _getter(data, path)
+        return cls(
+            id=get("id", str),
+            amount=get("amount", int, float),
+            type=get("type", str),
+            max_duration=get("maxDuration", int, float, None),
+            description=get("description", str, None),
+            coupon_id=get("couponId", str, None),
+            coupon_test_id=get("couponTestId", str, None),
+            partners_count=get("partnersCount", int, float, None),
+        )
 
 
 @dataclass(frozen=True)
@@ -278,8 +206,8 @@ class Customer:
     """A customer. What the server sent as null or left out is None.
 
     `sale_amount` is in cents; times (`..._at`) are ISO 8601 strings in UTC. `link`, `program_id`,
-    `partner` and `discount` come with `include_expanded_fields` only. `raw` is the decoded answer
-    as it came, with the fields this version does not know; `==`, `hash` and `repr` leave it out.
+    `partner` and `discount` come with `include_expanded_fields`. A customer without a name gets a
+    new random one in each response. `raw` is the decoded JSON; `==`, `hash`, `repr` leave it out.
     """
 
     id: str
@@ -301,103 +229,72 @@ class Customer:
     raw: Mapping[str, Any] = field(default_factory=lambda: {}, repr=False, compare=False)
 
     @classmethod
-    def from_json(cls, data: object, path: str = "customer") -> Customer:
-        """Map the decoded object; `path` locates a misfit in the ResponseValidationError."""
-        fields = _read(data, path, _CUSTOMER)
-        if fields["link"] is not None:
-            fields["link"] = Link.from_json(fields["link"], f"{path}.link")
-        if fields["partner"] is not None:
-            fields["partner"] = Partner.from_json(fields["partner"], f"{path}.partner")
-        if fields["discount"] is not None:
-            fields["discount"] = Discount.from_json(fields["discount"], f"{path}.discount")
-        fields["raw"] = data
-        return _made(cls, fields)
+    def from_json(cls, data: Any, path: str = "customer") -> Customer:
+        """Map decoded JSON. A ResponseValidationError locates a mismatch, below `path`."""
+        get = _getter(data, path)
+        return cls(
+            id=get("id", str),
+            external_id=get("externalId", str),
+            created_at=get("createdAt", str),
+            name=get("name", str, None),
+            email=get("email", str, None),
+            avatar=get("avatar", str, None),
+            stripe_customer_id=get("stripeCustomerId", str, None),
+            country=get("country", str, None),
+            sales=get("sales", int, float, None),
+            sale_amount=get("saleAmount", int, float, None),
+            first_sale_at=get("firstSaleAt", str, None),
+            subscription_canceled_at=get("subscriptionCanceledAt", str, None),
+            link=get("link", Link, None),
+            program_id=get("programId", str, None),
+            partner=get("partner", Partner, None),
+            discount=get("discount", Discount, None),
+            raw=data,
+        )
 
 
-_CUSTOMER = {
-    "id": ("id", _STRING),
-    "external_id": ("externalId", _STRING),
-    "created_at": ("createdAt", _STRING),
-    "name": ("name", _STRING_OR_NONE),
-    "email": ("email", _STRING_OR_NONE),
-    "avatar": ("avatar", _STRING_OR_NONE),
-    "stripe_customer_id": ("stripeCustomerId", _STRING_OR_NONE),
-    "country": ("country", _STRING_OR_NONE),
-    "sales": ("sales", _NUMBER_OR_NONE),
-    "sale_amount": ("saleAmount", _NUMBER_OR_NONE),
-    "first_sale_at": ("firstSaleAt", _STRING_OR_NONE),
-    "subscription_canceled_at": ("subscriptionCanceledAt", _STRING_OR_NONE),
-    "link": ("link", _OBJECT_OR_NONE),
-    "program_id": ("programId", _STRING_OR_NONE),
-    "partner": ("partner", _OBJECT_OR_NONE),
-    "discount": ("discount", _OBJECT_OR_NONE),
-}
-
-_KINDS: Dict[object, str] = {
-    str: "string",
-    int: "number",
-    float: "number",
-    bool: "boolean",
-    dict: "object",
-    list: "array",
-}
+_JSON_NAMES: dict[Any, str] = {str: "string", int: "number", float: "number", bool: "boolean"}
+_JSON_NAMES.update({dict: "object", list: "array", type(None): "null"})
 
 
-_Model = TypeVar("_Model")
+def _getter(data: Any, path: str) -> Callable[..., Any]:
+    """A function that gets a field of a decoded object, if it is one of the kinds given."""
+    name = _JSON_NAMES.get(data.__class__, data.__class__.__name__)
+    if name != "object":
+        raise ResponseValidationError(f"{path}: expected object, got {name}")
+
+    def get(key: str, *kinds: Any) -> Any:
+        value: Any = data.get(key)
+        kind = value.__class__  # compared exactly, since to Python true is an int
+        if kind in kinds and (kind is not float or math.isfinite(value)):
+            return value
+        if value is None and None in kinds:
+            return None
+        if kinds[0] not in _JSON_NAMES:  # a model
+            return kinds[0].from_json(value, f"{path}.{key}")
+        got = _JSON_NAMES.get(kind, kind.__name__) if key in data else "nothing"
+        got = str(value) if kind in kinds else got  # nan or inf, for which JSON has no name
+        raise ResponseValidationError(f"{path}.{key}: expected {_JSON_NAMES[kinds[0]]}, got {got}")
+
+    return get
 
 
-def _read(
-    data: Any, path: str, table: Mapping[str, Tuple[str, Tuple[type, ...]]]
-) -> Dict[str, Any]:
-    """The fields of a decoded object, by a table of field: (JSON key, what it may hold)."""
-    if type(data) not in _OBJECT:
-        raise ResponseValidationError(f"{path}: expected object, got {_kind(data)}")
-    fields: Dict[str, Any] = {}
-    for name, (key, kinds) in table.items():
-        value = data.get(key)
-        kind = value.__class__
-        if kind not in kinds or (kind is float and not math.isfinite(value)):
-            got = _kind(value) if key in data else "nothing"
-            raise ResponseValidationError(f"{path}.{key}: expected {_KINDS[kinds[0]]}, got {got}")
-        fields[name] = value
-    return fields
-
-
-def _made(model: Type[_Model], fields: Dict[str, Any]) -> _Model:
-    # As model(**fields), but for the setting of frozen fields one by one, 3 of 8 microseconds.
-    it = object.__new__(model)
-    it.__dict__.update(fields)
-    return it
-
-
-def _kind(value: Any) -> str:
-    """Name a decoded value as JSON does."""
-    if value is None:
-        return "null"
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return _KINDS.get(cast(object, type(value)), type(value).__name__)
-
-
-# --- Dub, Customers: what users touch -------------------------------------------------------------
-
-
-class _RequiredOfGetCustomer(TypedDict):
+# --- Dub, Customers: what users touch ---
+class _IdOfRequest(TypedDict):
     id: str
 
 
-class GetCustomerRequest(_RequiredOfGetCustomer, total=False):
-    """What `customers.get(request=...)` takes: `id`, and one spelling of the other at most."""
+class GetCustomerRequest(_IdOfRequest, total=False):
+    """What `customers.get(request=...)` takes: `id`, and maybe `include_expanded_fields`."""
 
     include_expanded_fields: Optional[bool]
-    includeExpandedFields: Optional[bool]
 
 
 class Customers:
     """The customers of a workspace: reached as `Dub(...).customers`."""
 
-    def __init__(self, session: _Session) -> None:
-        self._session = session
+    def __init__(self, tries: _Tries) -> None:
+        self._tries = tries
 
     def get(
         self,
@@ -412,46 +309,39 @@ class Customers:
         """Retrieve a customer.
 
         id: the customer's id on Dub (`cus_...`), or `ext_` followed by its externalId.
-        include_expanded_fields: whether to add `link`, `program_id`, `partner` and `discount`;
-            None leaves the choice to the server, which adds none.
+        include_expanded_fields: adds `link`, `program_id`, `partner` and `discount`, if true.
         request: the two above as one mapping, in place of them.
         timeout_ms, max_retries: for this call, in place of the client's.
         http_headers: sent as well, or in place of the client's of the same name.
 
-        Raises an APIError by status, NoResponseError, RequestTimeout or ResponseValidationError,
-        all of them DubError; TypeError or ValueError for what it cannot take, before it is
-        sent; and RuntimeError once the client is closed.
+        Raises a DubError; TypeError or ValueError for bad options, before any request is made;
+        and RuntimeError once the client is closed.
         """
         if request is not None:
             if id is not None or include_expanded_fields is not None:
                 raise TypeError("get() takes id and include_expanded_fields, or request, not both")
-            id, include_expanded_fields = _unpack_request(request)
-        session = self._session
-        return session.retrieve(
-            _customer_path(id, include_expanded_fields),
-            {} if http_headers is None else _checked_headers(http_headers),
-            session.timeout_ms if timeout_ms is None else _checked_timeout_ms(timeout_ms),
-            session.max_retries if max_retries is None else _checked_max_retries(max_retries),
-        )
+            id, include_expanded_fields = _unpack_request(**request)
+        timeout_ms = self._tries.timeout_ms if timeout_ms is None else timeout_ms
+        max_retries = self._tries.max_retries if max_retries is None else max_retries
+        _check_limits(timeout_ms, max_retries)
+        url = self._tries.server_url + _customer_path(id, include_expanded_fields)
+        headers = _checked_headers({} if http_headers is None else http_headers)
+        return self._tries.get(_Request(url, headers, timeout_ms), max_retries)
 
 
 class Dub:
     """A client of the Dub API. Threads may share it; it survives fork and pickle.
 
-    token: an API key (`dub_...`), or a callable asked for one before each try; None reads the
-        environment variable DUB_API_KEY, now.
-    server_url: http or https, a host, maybe a port and a path. Plain http beyond this machine
-        warns, for the token travels in clear.
+    token: an API key, or a callable asked for one before each try. None reads DUB_API_KEY at once.
+    server_url: http(s)://host[:port][/path]; plain http beyond this machine warns: all can read it.
     timeout_ms: the longest a `get` may take in milliseconds, waits and retries included. Only the
         system's name resolution, and a token callable, cannot be interrupted.
-    max_retries: how many times a failed request may be sent again, from 0.
+    max_retries: how many times a failed request may be sent again.
     ssl_context: in place of `ssl.create_default_context()`; a client with one cannot be pickled.
 
-    Raises TypeError or ValueError for options it cannot take. Proxies are read from the
-    environment, as urllib.request does. Leaving `with`, or `close()`, closes the connections.
+    Raises TypeError or ValueError for bad options. The proxy is the environment's, which
+    urllib.request reads at once (no_proxy at each call). Leaving `with` closes the connections.
     """
-
-    customers: Customers
 
     def __init__(
         self,
@@ -462,30 +352,28 @@ class Dub:
         max_retries: int = 2,
         ssl_context: Optional[ssl.SSLContext] = None,
     ) -> None:
+        source = "DUB_API_KEY" if token is None else "token"
+        token = os.environ.get("DUB_API_KEY") if token is None else token
         if token is None:
-            token = os.environ.get("DUB_API_KEY")
-            if token is None:
-                raise ValueError("no token: give token=... or set DUB_API_KEY")
-            _checked_token(token, "DUB_API_KEY")
-        elif not callable(token):
-            _checked_token(token, "token")
-        if ssl_context is not None and not hasattr(ssl_context, "wrap_socket"):
-            raise TypeError(f"ssl_context: expected SSLContext, got {type(ssl_context).__name__}")
-        server = _checked_server_url(server_url)
-        if server.scheme == "http" and not _is_loopback(str(server.hostname)):
+            raise ValueError("no token: give token=... or set DUB_API_KEY")
+        if not callable(token):
+            token = _checked_token(token, source)
+        _check_limits(timeout_ms, max_retries)
+        if ssl_context is not None:
+            _typed(ssl_context, "ssl_context", ssl.SSLContext)
+        url = _typed(server_url, "server_url", str).rstrip("/")
+        server = _split_url(url, "http", "https")
+        if server is None or "@" in server.netloc or re.search(r'[?#"<>\\^`{|}]', url):
+            raise ValueError("server_url: expected http(s)://host[:port][/path], and nothing else")
+        loopback = re.fullmatch(r"localhost|::1|127(\.[0-9]+){3}", str(server.hostname))
+        if server.scheme == "http" and not loopback:
             warnings.warn(f"the token goes to {server.netloc} in clear: use https", stacklevel=2)
-        self._session = _Session(
-            token,
-            server_url.rstrip("/"),
-            _checked_timeout_ms(timeout_ms),
-            _checked_max_retries(max_retries),
-            ssl_context,
-        )
-        self.customers = Customers(self._session)
+        self._tries = _Tries(token, url, timeout_ms, max_retries, ssl_context)
+        self.customers = Customers(self._tries)
 
     def close(self) -> None:
-        """Close the connections. A later `get` raises RuntimeError; a second `close` is nothing."""
-        self._session.close()
+        """Close the connections. A later `get` raises RuntimeError; closing twice is harmless."""
+        self._tries.connections.close()
 
     def __enter__(self) -> Dub:
         return self
@@ -494,555 +382,545 @@ class Dub:
         self.close()
 
     def __repr__(self) -> str:
-        session = self._session
-        return (
-            f"Dub(server_url={session.server_url!r}, timeout_ms={session.timeout_ms!r}, "
-            f"max_retries={session.max_retries!r})"
-        )
+        return repr(self._tries).replace("_Tries", "Dub", 1)
 
 
-# ==================================================================================================
-# Below: how it is done.
+# --- below: how it is done. The request: id to path, options to headers ---
+# Capitalized as urllib's Request does it, so that a user's of the same name replace them.
+_HEADERS = {"Accept": "application/json", "Accept-encoding": "identity"}
+_HEADERS["User-agent"] = "dub_customers/{} Python/{}.{}".format(__version__, *sys.version_info[:2])
 
 
-# --- the request: id to path, options to headers --------------------------------------------------
-
-_USER_AGENT = "dub_customers/{} Python/{}.{}".format(__version__, *sys.version_info)
-
-# poll(2), under every timeout of a socket, counts milliseconds in a C int: 24.8 days.
-_LONGEST_TIMEOUT_MS = 2**31 - 1
-
-# Patterns, which re compiles when first used: a call needs few of them.
-# A host: labels of up to 63 letters, digits, hyphens or underscores; or IPv6 in brackets.
-_HOST = r"(?:(?:[a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?|\[[0-9a-f:.]+\])(?::[0-9]+)?"
-# A path: what may stand there by RFC 3986, so neither `?` nor `#`.
-_SERVER_URL = rf"(?ai)https?://({_HOST})(?:/[a-z0-9._~!$&'()*+,;=:@%/-]*)?"
-# As urllib splits it: user and password end at the last @ of the host's part, and may hold a slash
-# before the first. A path is ignored. Lone surrogates are left out: urllib shows the password then.
-_PROXY_URL = (
-    r"(?ais)(?:https?://(?:[^@\ud800-\udfff]*@(?:[^@/\ud800-\udfff]*@)*)?"
-    rf"|(?:[^@/\ud800-\udfff]*@)*)({_HOST})(?:/.*)?"
-)
-_HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_HEADER_VALUE = r"[\t -~\x80-\xff]*"
-_NOT_PRINTABLE = r"[^!-~]"
+def _typed(value: Any, name: str, *kinds: type) -> Any:
+    """The value, if of these types. A str counts by its value: an enum may format as Key.PROD."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    return str.__str__(value) if isinstance(value, str) else value
 
 
-def _unpack_request(request: GetCustomerRequest) -> Tuple[Optional[str], Optional[bool]]:
-    if not isinstance(cast(object, request), Mapping):
-        raise TypeError(f"request: expected a mapping, got {type(request).__name__}")
-    unknown = set(request) - {"id", "include_expanded_fields", "includeExpandedFields"}
-    if unknown:
-        raise TypeError(f"request: unknown {', '.join(sorted(map(repr, unknown)))}")
-    if "include_expanded_fields" in request and "includeExpandedFields" in request:
-        raise TypeError("request: include_expanded_fields and includeExpandedFields are the same")
-    return request.get("id"), request.get(
-        "include_expanded_fields", request.get("includeExpandedFields")
-    )
+def _unpack_request(*, id: str, include_expanded_fields: Any = None) -> tuple[str, Any]:
+    return id, include_expanded_fields  # Python itself refuses other keys
 
 
-def _customer_path(id: object, include_expanded_fields: object) -> str:
+def _customer_path(id: Any, include_expanded_fields: Any) -> str:
     """The path and query of `GET /customers/{id}`, the id as one segment that decodes to itself."""
-    if not isinstance(id, str):
-        raise TypeError(f"id: expected str, got {type(id).__name__}")
-    # `.` and `..` are steps in a path, however they are encoded; `ext_` names no customer.
+    id = _typed(id, "id", str)
+    # Dots are steps in a path, however encoded. ext_ alone is likely an empty variable.
     if id in ("", ".", "..", "ext_"):
-        raise ValueError(f"id: {id!r} is no customer's id")
-    try:
-        path = "/customers/" + urllib.parse.quote(id, safe="")
-    except UnicodeEncodeError as error:
-        raise ValueError("id: has a lone surrogate, which UTF-8 cannot encode") from error
+        raise ValueError(f"id: expected cus_... or ext_ and an externalId, got {id!r}")
+    segment = quote(id, safe="")  # a ValueError for lone surrogates
+    # Dub's Next.js cuts off .rsc, and has pages of these names: so encoded, they are ids as well.
+    if segment.endswith(".rsc"):
+        segment = segment[:-4] + "%2Ersc"
+    elif segment in ("count", "export", "search-stripe"):
+        segment = f"%{ord(segment[0]):X}{segment[1:]}"
     if include_expanded_fields is None:
-        return path
-    if not isinstance(include_expanded_fields, bool):
-        kind = type(include_expanded_fields).__name__
-        raise TypeError(f"include_expanded_fields: expected bool or None, got {kind}")
-    return f"{path}?includeExpandedFields={str(include_expanded_fields).lower()}"
+        return f"/customers/{segment}"
+    expand = str(_typed(include_expanded_fields, "include_expanded_fields", bool)).lower()
+    return f"/customers/{segment}?includeExpandedFields={expand}"
 
 
 def _checked_token(token: object, source: str) -> str:
-    """The token, if it can stand in a header; else an error that says why, and never shows it."""
-    if not isinstance(token, str):
-        raise TypeError(f"{source}: expected str, got {type(token).__name__}")
-    if not token:
+    """The token, if a header can carry it; else an error that says why, and never shows it."""
+    text: str = _typed(token, source, str)
+    if odd := re.search("[^!-~]", text):
+        where = f"{odd[0]!a} at position {odd.start()} of {len(text)}"
+        raise ValueError(f"{source} has {where}: a token is printable ASCII without spaces")
+    if not text:
         raise ValueError(f"{source} is empty")
-    bad = re.search(_NOT_PRINTABLE, token)
-    if bad:
-        names = {"\n": "line break", "\r": "line break", " ": "space", "\t": "tab", "\ufeff": "BOM"}
-        other = "control character" if bad.group() <= "\x7f" else "non-ASCII character"
-        raise ValueError(
-            f"{source} has a {names.get(bad.group(), other)} at position {bad.start()} of "
-            f"{len(token)}: a token is printable ASCII without spaces"
-        )
-    return token
+    return text
 
 
-def _checked_headers(http_headers: Mapping[str, str]) -> Mapping[str, str]:
-    if not isinstance(cast(object, http_headers), Mapping):
-        raise TypeError(f"http_headers: expected a mapping, got {type(http_headers).__name__}")
-    http_headers = dict(http_headers)  # what is checked must not change before a later try
-    for name, value in http_headers.items():
-        for text in (name, value):
-            if not isinstance(cast(object, text), str):
-                raise TypeError(f"http_headers: expected str, got {type(text).__name__}")
-        if not re.fullmatch(_HEADER_NAME, name):
+def _checked_headers(http_headers: Mapping[str, str]) -> dict[str, str]:
+    """A copy of them: what has been checked must not change before a later try."""
+    checked: dict[str, str] = {}
+    for name, value in _typed(http_headers, "http_headers", collections.abc.Mapping).items():
+        name, value = _typed(name, "http_headers", str), _typed(value, "http_headers", str)
+        if not re.fullmatch("[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
             raise ValueError("http_headers: one of the names is no name of a header")
-        if name.lower() in ("content-length", "transfer-encoding"):
-            raise ValueError(f"http_headers: {name} announces a body, and a GET here has none")
-        if not re.fullmatch(_HEADER_VALUE, value):
-            raise ValueError(
-                f"http_headers: the value of {name} has a line break, another control character, "
-                "or one that is not Latin-1"
-            )
-    return http_headers
+        if name.lower() in ("content-length", "transfer-encoding", "proxy-authorization"):
+            raise ValueError(f"http_headers: {name} has no place in a GET to the server")
+        if not re.fullmatch("[\t -~\x80-\xff]*", value):
+            raise ValueError(f"http_headers: {name} has a line break or what is not Latin-1 text")
+        checked[name] = value
+    return checked
 
 
-def _checked_server_url(server_url: str) -> urllib.parse.SplitResult:
-    """The parts of it. An error does not echo the URL, which may hold a password."""
-    if not isinstance(cast(object, server_url), str):
-        raise TypeError(f"server_url: expected str, got {type(server_url).__name__}")
-    if not _names_a_host(_SERVER_URL, server_url):
-        raise ValueError(
-            "server_url: expected http(s)://host[:port][/path], without user, query or fragment"
-        )
-    return urllib.parse.urlsplit(server_url)
-
-
-def _names_a_host(pattern: str, url: str) -> bool:
-    """Whether a URL fits the pattern, and the host in it has a sane port or IPv6 address if any."""
-    match = re.fullmatch(pattern, url)
-    if match is None:
-        return False
-    try:
-        host = urllib.parse.urlsplit(f"//{match.group(1)}")
-        if "[" in host.netloc:
-            socket.inet_pton(socket.AF_INET6, str(host.hostname))
-        return host.port != 0
-    except (OSError, ValueError):
-        return False
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.[0-9]+){3}", host))
-
-
-def _checked_timeout_ms(timeout_ms: float) -> float:
-    if isinstance(timeout_ms, bool) or not isinstance(cast(object, timeout_ms), (int, float)):
-        raise TypeError(f"timeout_ms: expected int or float, got {type(timeout_ms).__name__}")
-    if not 0 < timeout_ms <= _LONGEST_TIMEOUT_MS:
+def _check_limits(timeout_ms: object, max_retries: object) -> None:
+    if not 0 < _typed(timeout_ms, "timeout_ms", int, float) <= 2**31 - 1:  # poll(2)'s C int
         raise ValueError("timeout_ms: expected more than 0 and less than 2**31")
-    return timeout_ms
-
-
-def _checked_max_retries(max_retries: int) -> int:
-    if isinstance(max_retries, bool) or not isinstance(cast(object, max_retries), int):
-        raise TypeError(f"max_retries: expected int, got {type(max_retries).__name__}")
-    if max_retries < 0:
+    if _typed(max_retries, "max_retries", int) < 0:
         raise ValueError("max_retries: expected 0 or more")
-    return max_retries
 
 
-# --- the exchange: urllib opener, kept-alive connections, deadline --------------------------------
-
-_MAX_BODY = 1024 * 1024  # bytes; a customer is under 2 kB
-_MAX_IDLE = 32  # connections; as many as a ThreadPoolExecutor has threads at most by default
-_MAX_IDLE_SECONDS = 60  # middleboxes forget quiet connections within minutes, and tell nobody
-_NOTHING_YET = (BlockingIOError, *([ssl.SSLWantReadError] if _HAS_SSL else []))
-
-
-class _Answer(NamedTuple):
-    status: int
-    reason: str
-    headers: email.message.Message
-    body: bytes
-
-
-def _left(ends: float) -> float:
-    """Seconds until the deadline, for a socket timeout. Past it, raises what a socket would."""
-    left = ends - time.monotonic()
-    if left <= 0:
-        raise socket.timeout("timed out")
-    return left
+def _split_url(url: str, *schemes: str) -> SplitResult | None:
+    """The parts of a URL with a sane host and port; None, as an error would show a password."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        if "[" in parts.netloc:
+            socket.inet_pton(socket.AF_INET6, host)
+        else:
+            host.encode("idna")  # no label is empty, or longer than 63 characters
+    except (OSError, ValueError):
+        return None
+    netloc = parts.netloc.rpartition("@")[2]
+    sane = re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?", netloc)
+    fits = sane and port != 0 and parts.scheme in schemes and re.fullmatch("[!-~]+", url)
+    return parts if fits else None
 
 
-class _Wire(io.RawIOBase):
-    """The bytes of one socket, each send and receive given only what is left of the deadline.
+class _Request(urllib.request.Request):
+    """A GET, the time and the bytes that its call may still use, and the proxy it goes through."""
 
-    A socket's own timeout bounds one operation: a byte a second would outlive it for ever.
-    """
+    def __init__(self, url: str, http_headers: dict[str, str], timeout_ms: float) -> None:
+        super().__init__(
+            url, headers=http_headers, origin_req_host=""
+        )  # else computed, for cookies
+        self.proxy = ""
+        self.deadline = time.monotonic() + timeout_ms / 1000
+        self.bytes_left = 2 * 1024 * 1024
 
-    ends: Optional[float]  # None: do not wait
-    received: int  # bytes of this answer so far
-    ended: bool  # the server has closed its side
+    def set_proxy(self, host: str, type: str) -> None:
+        self.proxy = host  # ProxyHandler calls this; urllib's own would replace the server's
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
+    def seconds_left(self) -> float:
+        """The timeout of a socket's next operation. A fixed one would start anew with each byte."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        return left
 
-    def send(self, data: bytes) -> None:
-        while data:
-            self.sock.settimeout(_left(cast(float, self.ends)))
-            data = data[self.sock.send(data) :]
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self.sock.settimeout(0 if self.ends is None else _left(self.ends))
-        count = self.sock.recv_into(buffer)
-        self.received += count
-        self.ended = count == 0
-        return count
-
-    def readall(self) -> bytes:
-        # Nobody asks for everything, but http.client (from Python 3.10) for a chunk of size -1.
-        raise http.client.HTTPException("a chunk of negative size")
-
-    def close(self) -> None:
-        super().close()
-        self.sock.close()
+    def receive(self, sock: socket.socket) -> bytes:
+        if not self.bytes_left:
+            raise ConnectionError("2 MiB received for one call, and no end")
+        sock.settimeout(self.seconds_left())
+        data = sock.recv(min(65536, self.bytes_left))
+        self.bytes_left -= len(data)
+        return data
 
 
-class _Connection(io.BufferedReader):
-    """One connection: the buffered file that http.client reads every answer on it from.
+# --- the tries: which failures, how long to wait ---
+_RETRIED_STATUSES = (429, 500, 502, 503, 504)
 
-    It outlives each answer, and so keeps bytes that came behind one, where `quiet` finds them.
-    Nothing refers back to it: one that is dropped is closed at once (by `_Wire`, as any file).
-    """
 
-    idle_since: float
+@dataclass
+class _Tries:
+    """Tries until there is a customer, an error not worth another try, or no time left."""
 
-    def __init__(self, sock: socket.socket, route: Tuple[Optional[str], ...]) -> None:
-        self.wire = _Wire(sock)
-        super().__init__(self.wire)
-        self.route = route
-        self.process = os.getpid()
+    token: str | Callable[[], str] = field(repr=False)
+    server_url: str
+    timeout_ms: float
+    max_retries: int
+    ssl_context: ssl.SSLContext | None = field(repr=False)
 
-    def makefile(self, mode: str) -> _Connection:
-        return self  # to http.client this object is the socket too
+    def __post_init__(self) -> None:
+        self.connections = _Connections(self.server_url, self.ssl_context)
+        scheme = self.connections.server.scheme
+        if proxy := urllib.request.getproxies().get(scheme):
+            # urllib would send an https: proxy its password in clear, and misread an @ in a path.
+            parts = _split_url(proxy if "://" in proxy else f"http://{proxy}", "http")
+            if parts is None or "@" in parts.path + parts.query + parts.fragment:
+                raise ValueError(f"{scheme}_proxy: expected [http://][user:password@]host[:port]")
+        # No other handlers: without one for redirects, none can take the token to another host.
+        self.opener = urllib.request.OpenerDirector()
+        self.opener.add_handler(urllib.request.ProxyHandler({scheme: proxy} if proxy else {}))
+        self.opener.add_handler(self.connections)
 
-    def close(self) -> None:
-        """Do nothing: http.client closes its file after each answer, and the connection goes on."""
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        options = self.token, self.server_url, self.timeout_ms, self.max_retries, self.ssl_context
+        return _Tries, options  # the connections do not travel
 
-    def flush(self) -> None:
-        """Do nothing: an answer dropped after `hang_up` would flush a file that is closed."""
+    def __del__(self) -> None:  # here: opener and handler refer to each other, and live on
+        self.connections.close()
 
-    def hang_up(self) -> None:
-        self.wire.close()
-
-    def usable(self) -> bool:
-        """Whether it is this process's (not inherited by fork), not old, and quiet."""
-        return (
-            self.process == os.getpid()
-            and time.monotonic() - self.idle_since < _MAX_IDLE_SECONDS
-            and self.quiet()
-        )
-
-    def quiet(self) -> bool:
-        """Whether there is nothing to read: no end, no error, no byte nobody asked for."""
-        self.wire.ends = None
-        try:
-            self.peek()
-        except _NOTHING_YET:
-            return True
-        except OSError:
-            pass
-        return False
-
-    def ask(self, head: str, ends: float) -> http.client.HTTPResponse:
-        """Send a request without a body; the final answer to it, its head read."""
-        self.wire.ends = ends
-        self.wire.received = 0
-        self.wire.send(head.encode("latin-1"))
+    def get(self, request: _Request, max_retries: int) -> Customer:
+        if self.connections.closed:
+            raise RuntimeError("the client is closed")
+        token, retries = self.token, 0
         while True:
-            response = http.client.HTTPResponse(cast(socket.socket, self))
-            response.begin()
-            if self.wire.ended:  # http.client takes the end of the stream for the end of the head
-                raise http.client.RemoteDisconnected("the answer broke off in its head")
-            if response.status >= 200 or response.status == 101:
-                return response
+            # Outside the `try`: what a callable raises is its owner's business, no failed request.
+            key = _checked_token(token(), "token()") if callable(token) else token
+            request.add_unredirected_header("Authorization", f"Bearer {key}")  # a user's wins
+            try:
+                return _customer(self.attempt(request))
+            except (APIError, OSError) as error:  # a NoResponseError from below is final
+                wait = _wait(error, retries, request)
+                if wait is None or retries >= max_retries:
+                    if isinstance(error, APIError):
+                        raise
+                    kind = RequestTimeout if _timed_out(error) else NoResponseError
+                    reason = _one_line(f"{type(error).__name__}: {error}", 200)
+                    raise kind(f"no response from {self.server_url}: {reason}") from error
+            time.sleep(wait)
+            retries += 1
 
-    def get(self, head: str, ends: float) -> Tuple[_Answer, bool]:
-        """The answer to a GET, and whether another may follow on this connection."""
-        response = self.ask(head, ends)
-        # http.client reads on to the end of the stream where it cannot make out the length.
-        unknown = response.length is None and not response.chunked
-        if unknown and "Content-Length" in response.headers:
-            raise http.client.HTTPException("a Content-Length that is no length")
+    def attempt(self, request: _Request) -> _Response:
+        """One request and its response, noted in the log."""
+        started, outcome = time.monotonic(), ""
         try:
-            body = response.read(_MAX_BODY + 1)
-        except ValueError as error:
-            raise http.client.HTTPException("a chunk of negative size") from error
-        if response.length and len(body) <= _MAX_BODY:
-            raise http.client.IncompleteRead(body, response.length)
-        whole = response.isclosed() and response.status >= 200
-        answer = _Answer(response.status, response.reason, response.headers, body)
-        return answer, whole and not response.will_close
+            response: _Response = self.opener.open(request)
+            outcome = str(response.status)
+            return response
+        finally:
+            # Importing logging takes 10 ms: who wants the line has done so, or is amid doing it.
+            if get_logger := getattr(sys.modules.get("logging"), "getLogger", None):
+                outcome = outcome or getattr(sys.exc_info()[0], "__name__", "")
+                spent = (time.monotonic() - started) * 1000
+                get_logger(__name__).debug("GET %s %s %.1f ms", request.selector, outcome, spent)
 
 
-class _ProxyHandler(urllib.request.ProxyHandler):
-    """urllib's, but a setting that is no http(s) URL of a host is refused, not guessed at."""
-
-    def proxy_open(self, req: urllib.request.Request, proxy: str, type: str) -> Any:
-        if req.has_proxy() or urllib.request.proxy_bypass(req.host):
+def _wait(error: Exception, retries: int, request: _Request) -> float | None:
+    """Seconds to wait before the next try; None if there cannot be one, or it is not worth it."""
+    if _timed_out(error):
+        return None
+    left = request.deadline - time.monotonic()
+    wait = random.uniform(0, 0.5 * 2 ** min(retries, 4))  # full jitter, at most 8 seconds
+    if isinstance(error, APIError):
+        if error.status_code not in _RETRIED_STATUSES:
             return None
-        if not _names_a_host(_PROXY_URL, proxy):  # not shown: it may hold a password
-            raise NoResponseError(f"{type}_proxy is set to something else than a proxy's URL")
-        return super().proxy_open(req, proxy, type)
+        told = _retry_after(error.headers) if error.status_code in (429, 503) else None
+        if told is not None:
+            # All threads are told the same moment, and would fill the next window at once: so each
+            # adds up to 4 seconds, or 4 in 5 of what is left then, if that is less.
+            wait = told + random.uniform(0, 4) * min(1, max(0, left - told) / 5)
+    return wait if wait < left and request.bytes_left >= _MAX_BODY else None
 
 
-class _KeepAliveHandler(urllib.request.BaseHandler):
-    """urllib's handler for http and https, over connections that are kept.
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that Retry-After asks for; None if it is absent or nonsense. By RFC 9110 it holds
+    seconds or a date. Dub sends the end of the rate window, in milliseconds since 1970: see
+    apps/web/lib/auth/rate-limit-request.ts in https://github.com/dubinc/dub."""
+    text = headers.get("Retry-After", "")
+    if re.fullmatch("[0-9]{1,9}", text):  # 10 digits, 31 years and more, are no delay but a time
+        return float(text)
+    moment = _http_date(text)
+    if re.fullmatch("[0-9]{10,13}", text):
+        moment = int(text) / (1000 if len(text) >= 12 else 1)  # so few are seconds since 1970
+    # By the server's own clock, where it tells it: then a wrong one here does no harm.
+    now = _http_date(headers.get("Date", ""))
+    return None if moment is None else max(0.0, moment - (time.time() if now is None else now))
 
-    The idle ones are a stack, newest last. It has no lock, since append and pop are atomic: so
-    none can be found locked after a fork.
-    """
 
-    def __init__(self, server_url: str, ssl_context: Optional[ssl.SSLContext]) -> None:
-        self.server = urllib.parse.urlsplit(server_url)
+def _http_date(text: str) -> float | None:
+    """A date such as `Sun, 06 Nov 1994 08:49:37 GMT`, in seconds since 1970; None if it is none."""
+    try:
+        return float(calendar.timegm(email.utils.parsedate_to_datetime(text).utctimetuple()))
+    except Exception:  # TypeError, ValueError, and on Python 3.8 even UnboundLocalError
+        return None
+
+
+# --- the connections: urllib's opener, kept connections, tunnel, TLS ---
+class _Connections(urllib.request.BaseHandler):
+    """urllib's handler for http and https, over connections that are kept and shared by threads."""
+
+    def __init__(self, server_url: str, ssl_context: ssl.SSLContext | None) -> None:
+        self.server = urlsplit(server_url)
+        self.tls = self.server.scheme == "https"
         self.ssl_context = ssl_context
-        self.idle: List[_Connection] = []
+        self.default_context: ssl.SSLContext | None = None
+        self.idle: list[_Wire] = []  # a stack without lock, since append and pop are atomic
         self.closed = False
 
-    def http_open(self, request: urllib.request.Request) -> _Answer:
-        """Exchange it for the answer. ProxyHandler has been here: `host` may be the proxy's."""
-        ends = time.monotonic() + cast(float, request.timeout)
-        headers = {"Host": self.server.netloc, "Accept-encoding": "identity", **request.headers}
-        proxy_authorization = headers.pop("Proxy-authorization", None)
-        route = (request.type, request.host, proxy_authorization)
-        if request.has_proxy() and proxy_authorization is not None:
-            headers["Proxy-authorization"] = proxy_authorization
-        head = _head(f"GET {request.selector}", headers)
-        connection = self.take(route)
-        if connection is not None:
-            # The server may close it, or say so by 408, while the request is on its way: that is
-            # no failure, and a GET may be sent again.
+    def http_open(self, request: _Request) -> _Response:
+        """The response to the request, after ProxyHandler has seen it."""
+        if wire := self.take_idle(request.proxy):
+            # The server may just have closed it, or say so by 408: that is no failure.
+            before = request.bytes_left
             try:
-                answer = self.exchange(connection, head, ends)
-                if answer.status != 408:
-                    return answer
-            except (OSError, http.client.HTTPException):
-                if connection.wire.received:
+                response = self.exchange(wire, request)
+                if response.status != 408:
+                    return response
+            except OSError as error:
+                if request.bytes_left < before or _timed_out(error):
                     raise
-        return self.exchange(self.connect(route, ends), head, ends)
+        return self.exchange(_Wire(request.proxy), request)
 
     https_open = http_open
 
-    def exchange(self, connection: _Connection, head: str, ends: float) -> _Answer:
-        """Use the connection for one GET; keep it if it is fit for another."""
+    def exchange(self, wire: _Wire, request: _Request) -> _Response:
+        """Send the request and read the response; keep the connection if it can carry another."""
+        headers = {"Host": self.server.netloc, **_HEADERS, **dict(request.header_items())}
+        target = request.full_url if request.proxy and not self.tls else request.selector
+        if self.tls:
+            headers.pop("Proxy-authorization", None)  # for the tunnel alone
         try:
-            answer, fit = connection.get(head, ends)
-        except BaseException:
-            connection.hang_up()
-            raise
-        if fit:
-            self.keep(connection)
-        else:
-            connection.hang_up()
-        return answer
+            if wire.sock is None:
+                self.connect(wire, request)
+            return wire.get(target, headers, request)
+        finally:
+            if wire.reusable and len(self.idle) < 32:  # as a ThreadPoolExecutor's threads
+                self.idle.append(wire)
+                if self.closed:
+                    self.close()
+            else:
+                wire.close()
 
-    def take(self, route: Tuple[Optional[str], ...]) -> Optional[_Connection]:
+    def take_idle(self, proxy: str) -> _Wire | None:
+        """The newest connection through this proxy that is fit for use. Others are closed."""
         while True:
             try:
-                connection = self.idle.pop()
-            except IndexError:
+                wire = self.idle.pop()
+            except IndexError:  # not looked for before: another thread may take the last
                 return None
-            if connection.route == route and connection.usable():
-                return connection
-            connection.hang_up()
-
-    def keep(self, connection: _Connection) -> None:
-        connection.idle_since = time.monotonic()
-        self.idle.append(connection)
-        self.bound()
+            if not self.closed and wire.proxy == proxy and wire.usable():
+                return wire
+            wire.close()
 
     def close(self) -> None:
         self.closed = True
-        self.bound()
+        self.take_idle("")  # finds none fit any more, and so closes all
 
-    def bound(self) -> None:
-        """Hang up the oldest beyond the bound; all once closed, also those kept after that."""
-        try:
-            while len(self.idle) > (0 if self.closed else _MAX_IDLE):
-                self.idle.pop(0).hang_up()
-        except IndexError:
-            pass  # other threads have emptied it
-
-    def connect(self, route: Tuple[Optional[str], ...], ends: float) -> _Connection:
-        """A new connection: to the server or a proxy, through its tunnel, with TLS, as need be."""
-        scheme, netloc, proxy_authorization = route
-        tls = scheme == "https"
-        if tls and not _HAS_SSL:
+    def connect(self, wire: _Wire, request: _Request) -> None:
+        """Connect to the server: directly or through a proxy, with TLS if its URL says https."""
+        if self.tls and not ssl:
             raise NoResponseError("https needs the module ssl, which this Python does not have")
-        first = urllib.parse.urlsplit(f"//{netloc}")
+        hop, host = urlsplit(f"//{request.proxy or self.server.netloc}"), self.server.hostname
         try:
-            sock = _connected_socket(str(first.hostname), first.port or (443 if tls else 80), ends)
-        except OSError as error:
-            raise ConnectionError(f"cannot connect to {netloc}: {error}") from error
-        connection = _Connection(sock, route)
+            port = hop.port or (443 if self.tls else 80)  # a proxy's too, as urllib has it
+            wire.connect(str(hop.hostname), port, request)
+            if self.tls and request.proxy:
+                wire.open_tunnel(self.server.netloc, self.server.port, request)
+            if self.tls:
+                context = self.ssl_context or self.default_context
+                if context is None:  # reads the system's authorities: 10 ms and more
+                    context = self.default_context = ssl.create_default_context()
+                wire.start_tls(context, str(host), request)
+        # For want of sockets or TLS, Pyodide raises RuntimeError, others maybe AttributeError.
+        except (OSError, RuntimeError, ValueError, AttributeError) as error:
+            if refused := getattr(error, "verify_message", ""):  # of ssl.SSLCertVerificationError
+                self.default_context = None  # the next call may find authorities mounted late
+                raise NoResponseError(f"certificate of {host} not accepted: {refused}") from error
+            kind = socket.timeout if _timed_out(error) else ConnectionError
+            raise kind(f"cannot connect to {hop.netloc}: {error}") from error
+
+
+def _timed_out(error: Exception) -> bool:
+    """Whether our own deadline ended something: the system's ETIMEDOUT has a number."""
+    return isinstance(error, socket.timeout) and error.errno is None
+
+
+# --- the wire: HTTP/1.1 by RFC 9112 over one socket, under a deadline ---
+_MAX_BODY = 1024 * 1024  # bytes; a customer takes 2 kB, or 100 with long URLs in it
+_MAX_HEAD = 64 * 1024  # bytes, and 100 fields
+# The lines there are, each with the paragraph of RFC 9112 that asks for it.
+_STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\r\n\0]*))?\r\n")  # 4
+_FIELD_LINE = re.compile(rb"(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*))?\r\n")  # 5, or empty
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n\0]*)?\r\n")  # 7.1
+_LINE_END = re.compile(rb"\r[\0-\xff]|[\n\0]")  # or a bad byte; a CR may be half a CRLF as yet
+
+
+class _Response(NamedTuple):
+    status: int
+    reason: str
+    headers: dict[str, str]  # by name in lower case
+    body: bytes
+
+
+class _Wire:
+    """One connection: HTTP/1.1 by RFC 9112 over one socket. What that does not allow is refused as
+    it is read: nobody can tell where it ends, and its tail would be the next call's customer."""
+
+    def __init__(self, proxy: str) -> None:
+        self.proxy, self.process, self.old_at = proxy, os.getpid(), math.inf
+        self.sock: Any = None  # a socket, from `connect` on
+        self.buffer = bytearray()  # received, and not yet read
+        self.room = 0  # bytes that the head under way may still take
+        self.reusable = False  # whether a response was read to its end, and another may follow
+
+    def connect(self, host: str, port: int, request: _Request) -> None:
+        """Connect to the first address of the name that lets us, each in its share of the time."""
+        request.seconds_left()  # not even ask for the name when it is too late
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        while addresses:
+            family, kind, protocol, _, address = addresses.pop(0)
+            try:
+                self.sock = socket.socket(family, kind, protocol)
+                self.sock.settimeout(request.seconds_left() / (1 + len(addresses)))
+                self.sock.connect(address)
+                # Else the request may wait for the acknowledgement of what TLS sent last.
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return
+            except OSError:
+                self.close()
+                if not addresses:
+                    raise
+        raise OSError("the name has no address")
+
+    def open_tunnel(self, netloc: str, port: int | None, request: _Request) -> None:
+        target = netloc if port else f"{netloc}:443"
+        ours = {k: v for k, v in request.headers.items() if k == "Proxy-authorization"}
+        _, status, _, _ = self.ask(f"CONNECT {target}", {"Host": target, **ours}, request)
+        if not 200 <= status < 300:
+            kind = ConnectionError if status in _RETRIED_STATUSES else NoResponseError
+            raise kind(f"proxy {request.proxy} answered {status} to CONNECT")
+        if not self.usable():  # what it said would be taken for the server's part of TLS
+            raise ConnectionError("the proxy spoke ahead of TLS")
+
+    def start_tls(self, tls: ssl.SSLContext, host: str, request: _Request) -> None:
+        # The handshake apart: interrupted in wrap_socket, it would leave the socket open.
+        self.sock = tls.wrap_socket(self.sock, server_hostname=host, do_handshake_on_connect=False)
+        self.sock.settimeout(request.seconds_left())
+        self.sock.do_handshake()
+
+    def usable(self) -> bool:
+        """Whether it is this process's (not inherited by fork), not old, and silent."""
+        if self.process != os.getpid() or time.monotonic() >= self.old_at or self.buffer:
+            return False
         try:
-            tls_host = first.hostname
-            if self.server.scheme == "https" and netloc != self.server.netloc:
-                tls_host = self.server.hostname
-                self.open_tunnel(connection, proxy_authorization, ends)
-            if tls:
-                self.start_tls(connection, str(tls_host), ends)
-        except BaseException:
-            connection.hang_up()
-            raise
-        return connection
+            self.sock.settimeout(0)
+            self.sock.recv(1)  # the end, an error, or a byte nobody asked for
+            return False
+        except OSError as error:  # by name, since there may be no ssl
+            return type(error).__name__ in ("BlockingIOError", "SSLWantReadError")
 
-    def open_tunnel(
-        self, connection: _Connection, authorization: Optional[str], ends: float
-    ) -> None:
-        target = self.server.netloc if self.server.port else f"{self.server.netloc}:443"
-        headers = {"Host": target}
-        if authorization is not None:
-            headers["Proxy-Authorization"] = authorization
-        response = connection.ask(_head(f"CONNECT {target}", headers), ends)
-        if not 200 <= response.status < 300:
-            refusal = f"proxy {connection.route[1]} answered {response.status} to CONNECT"
-            if response.status in _RETRIED_STATUSES:
-                raise ConnectionError(refusal)
-            raise NoResponseError(refusal)
-        if not connection.quiet():  # it would be taken for the server's answer
-            raise http.client.HTTPException(f"proxy {connection.route[1]} spoke ahead of TLS")
+    def close(self) -> None:
+        if self.sock is not None:
+            self.sock.close()
 
-    def start_tls(self, connection: _Connection, host: str, ends: float) -> None:
-        if self.ssl_context is None:
-            self.ssl_context = ssl.create_default_context()  # reads the CA bundle: 10 ms and more
-        wire = connection.wire
-        try:
-            # The handshake apart: interrupted in wrap_socket, it would leave the socket open.
-            tls_socket = self.ssl_context.wrap_socket(
-                wire.sock, server_hostname=host, do_handshake_on_connect=False
-            )
-            wire.sock = tls_socket
-            wire.sock.settimeout(_left(ends))
-            tls_socket.do_handshake()
-        except ssl.SSLCertVerificationError as error:
-            raise NoResponseError(
-                f"the certificate of {host} is not accepted: {error.verify_message}"
-            ) from error
+    __del__ = close
 
+    def get(self, target: str, headers: dict[str, str], request: _Request) -> _Response:
+        """The response to a GET; `reusable` tells afterwards whether another may follow."""
+        version, status, reason, fields = self.ask(f"GET {target}", headers, request)
+        coding, length = fields.get("transfer-encoding"), fields.get("content-length")
+        body, framed = b"", True
+        if status in (101, 204, 304):  # no body; one that is announced may still come
+            framed = status != 101 and coding is None and length in (None, "0")
+        elif coding is not None:
+            if coding.lower() != "chunked" or length is not None or version == b"1.0":
+                raise ConnectionError("Transfer-Encoding is not chunked alone (RFC 9112, 6.1, 6.3)")
+            body = self.chunks()
+        elif length is not None:
+            # No sign or underscore, as int() takes them. Repeated, it is as good as said once.
+            if not (number := re.fullmatch(r"0*([0-9]{1,15})([ \t]*,[ \t]*0*\1)*", length)):
+                raise ConnectionError("Content-Length is not one number (RFC 9112, 6.3)")
+            body = self.take(min(int(number[1]), _MAX_BODY + 1))
+        else:
+            while len(self.buffer) <= _MAX_BODY and self.receive(may_end=True):
+                pass
+            body, framed = bytes(self.buffer[: _MAX_BODY + 1]), False
+        options = [each.strip() for each in fields.get("connection", "").lower().split(",")]
+        stays = version == b"1.1" and "close" not in options
+        self.old_at = time.monotonic() + 60  # middleboxes forget it silently, within minutes
+        self.reusable = framed and len(body) <= _MAX_BODY and stays and not self.buffer
+        return _Response(status, reason, fields, body)
 
-def _head(request_line: str, headers: Mapping[str, str]) -> str:
-    lines = [f"{request_line} HTTP/1.1", *map(": ".join, headers.items())]
-    return "\r\n".join(lines) + "\r\n\r\n"
+    def ask(self, what: str, headers: dict[str, str], request: _Request) -> tuple[Any, ...]:
+        """Send a request without a body. Version, status, reason and headers of the response."""
+        self.request, self.reusable = request, False
+        lines = [f"{what} HTTP/1.1", *map(": ".join, headers.items()), "", ""]
+        data = "\r\n".join(lines).encode("latin-1")
+        while data:
+            self.sock.settimeout(request.seconds_left())
+            data = data[self.sock.send(data) :]
+        while True:
+            self.room = _MAX_HEAD
+            version, code, reason = self.line("a status line", _STATUS_LINE, b"HTTP/1.")
+            status, fields = int(code), self.fields()
+            if status >= 200 or status == 101:  # the others of 1xx are interim
+                return version, status, reason.decode("utf-8", "replace"), fields
 
+    def fields(self) -> dict[str, str]:
+        """The fields of a head, or the trailers of a body, up to the empty line."""
+        fields: dict[str, str] = {}
+        for _ in range(101):
+            line = self.line("a header field", _FIELD_LINE)
+            name, value = line[0].decode().lower(), line[1].decode("latin-1").strip(" \t")
+            if not name:
+                return fields
+            fields[name] = f"{fields[name]}, {value}" if name in fields else value
+        raise ConnectionError("more than 100 header fields")
 
-def _connected_socket(host: str, port: int, ends: float) -> socket.socket:
-    """A socket connected to the first address of the name that answers.
+    def chunks(self) -> bytes:
+        """A chunked body; of one beyond the bound, that much and a byte."""
+        body = bytearray()
+        while len(body) <= _MAX_BODY:
+            self.room = _MAX_HEAD
+            size = int(self.line("the size of a chunk", _CHUNK_SIZE)[0], 16)
+            if size == 0:
+                self.fields()
+                break
+            body += self.take(min(size, _MAX_BODY + 1 - len(body)))
+            if len(body) <= _MAX_BODY and self.take(2) != b"\r\n":
+                raise ConnectionError("a chunk is longer than it said (RFC 9112, 7.1)")
+        return bytes(body)
 
-    What is left until the deadline is shared out among the addresses: a dead one leaves the others
-    their turn.
-    """
-    _left(ends)  # not even ask for the name when it is too late
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for untried in range(len(addresses), 0, -1):
-        family, kind, protocol, _, address = addresses[-untried]
-        try:
-            return _connected_to(family, kind, protocol, address, _left(ends) / untried)
-        except OSError:
-            if untried == 1:
-                raise
-    raise OSError("the name has no address")
+    def line(self, what: str, pattern: re.Pattern[bytes], start: bytes = b"") -> tuple[bytes, ...]:
+        """The groups of the pattern in the next line; another is refused as soon as it shows."""
+        while True:
+            match = pattern.match(self.buffer)
+            if match and match.end() <= self.room:
+                break
+            over = match or _LINE_END.search(self.buffer) or len(self.buffer) >= self.room
+            if over or not start.startswith(bytes(self.buffer[: len(start)])):
+                raise ConnectionError(f"expected {what}, got {bytes(self.buffer[:40])!r}")
+            self.receive()
+        groups, self.room = match.groups(b""), self.room - match.end()
+        del self.buffer[: match.end()]
+        return groups
 
+    def take(self, count: int) -> bytes:
+        while len(self.buffer) < count:
+            self.receive()
+        data = bytes(self.buffer[:count])
+        del self.buffer[:count]
+        return data
 
-def _connected_to(
-    family: int, kind: int, protocol: int, address: Any, timeout: float
-) -> socket.socket:
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.settimeout(timeout)
-        sock.connect(address)
-        # Else the request may wait for the acknowledgement of what the TLS handshake sent last.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-    except BaseException:
-        sock.close()
-        raise
-
-
-# --- the answer: status to error, body to customer ------------------------------------------------
-
-_ERRORS: Dict[int, Type[APIError]] = {
-    400: BadRequest,
-    401: Unauthorized,
-    403: Forbidden,
-    404: NotFound,
-    409: Conflict,
-    410: InviteExpired,
-    422: UnprocessableEntity,
-    429: RateLimitExceeded,
-    500: InternalServerError,
-}
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError("a number beyond a float")
-    return number
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
+    def receive(self, *, may_end: bool = False) -> bool:
+        """Receive into the buffer; False at the end of the stream, where there may be one."""
+        data = self.request.receive(self.sock)
+        if not data and not may_end:
+            raise ConnectionError("the connection was closed before the response was whole")
+        self.buffer += data
+        return bool(data)
 
 
-def _customer(answer: _Answer) -> Customer:
+# --- the answer: status to error, body to customer ---
+_ERRORS: dict[int, type[APIError]] = {400: BadRequest, 401: Unauthorized, 403: Forbidden}
+_ERRORS.update({404: NotFound, 409: Conflict, 410: InviteExpired, 422: UnprocessableEntity})
+_ERRORS.update({429: RateLimitExceeded, 500: InternalServerError})
+
+
+def _customer(response: _Response) -> Customer:
     """The customer in a 200; an APIError or ResponseValidationError for anything else."""
-    status, _, headers, body = answer
+    status, _, headers, body = response
     if not 200 <= status < 300:
-        raise _api_error(answer)
+        raise _api_error(response)
     try:
-        if status != 200:
-            raise ValueError("a customer comes with 200")
-        if len(body) > _MAX_BODY:
-            raise ValueError("more than 1 MiB")
-        data = _JSON.decode(body.decode("utf-8"))
+        if status != 200 or len(body) > _MAX_BODY:
+            raise ValueError("a customer comes with 200, and in 1 MiB at most")
+        data = json.loads(body.decode())
     except (ValueError, RecursionError) as error:
-        described = f"{status} answer is not the JSON of a customer ({_one_line(str(error), 120)})"
-        for name in ("Content-Type", "Content-Encoding"):
-            if name in headers:
-                described += f", {name} {_one_line(headers[name], 80)}"
-        start = _one_line(body[:100].decode("utf-8", "replace"), 100)
-        raise ResponseValidationError(f"{described}: {start!r}", body=body[:_MAX_BODY]) from error
+        start = _one_line(body[:400].decode("utf-8", "replace"), 100)
+        about = [headers[name] for name in ("content-type", "content-encoding") if name in headers]
+        message = f"{status} response is not a customer's JSON ({error}) {about}: {start!r}"
+        raise ResponseValidationError(_one_line(message, 400), body=body[:_MAX_BODY]) from error
     try:
         return Customer.from_json(data)
     except ResponseValidationError as error:
-        error.body = body
-        raise
+        raise ResponseValidationError(str(error), body=body) from None
 
 
-def _api_error(answer: _Answer) -> APIError:
-    status, reason, headers, body = answer
-    told = _error_envelope(body)
-    message = told.get("message") or reason or "no message"
-    if 300 <= status < 400 and "Location" in headers:
-        message = f"redirect to {headers['Location']} not followed"
-    error = _ERRORS.get(status, APIError)(
-        message,
-        status_code=status,
-        code=told.get("code"),
-        doc_url=told.get("doc_url"),
-        headers=cast(Mapping[str, str], headers),
-        body=body[:_MAX_BODY],
-    )
-    if isinstance(error, RateLimitExceeded):
-        error.retry_after = _retry_after(error.headers)
-    return error
-
-
-def _error_envelope(body: bytes) -> Dict[str, str]:
-    """The texts in `{"error": {"code", "message", "doc_url"}}`, as far as the body fits it."""
-    try:
-        error: Any = _JSON.decode(body.decode("utf-8"))["error"]
-        return {key: value for key, value in error.items() if isinstance(value, str)}
+def _api_error(response: _Response) -> APIError:
+    status, reason, headers, body = response
+    try:  # as far as the body is `{"error": {"code", "message", "doc_url"}}`
+        envelope: Any = json.loads(body.decode())["error"]
+        told = {key: value for key, value in envelope.items() if isinstance(value, str)}
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        return {}
+        told = {}
+    # Of a platform's page, in place of the API's JSON, the first words are the only clue.
+    start = _one_line(body[:400].decode("utf-8", "replace"), 100)
+    message = told.get("message") or ": ".join(filter(None, [reason, start])) or "no message"
+    if 300 <= status < 400 and "location" in headers:
+        message = f"redirect to {headers['location']} not followed"
+    in_any_case = email.message.Message()
+    for name, value in headers.items():
+        in_any_case[name] = value
+    facts: dict[str, Any] = {"code": told.get("code"), "doc_url": told.get("doc_url")}
+    facts.update(status_code=status, headers=in_any_case, body=body[:_MAX_BODY])
+    return _ERRORS.get(status, APIError)(message, **facts)
 
 
 def _one_line(text: str, limit: int) -> str:
@@ -1051,203 +929,46 @@ def _one_line(text: str, limit: int) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-# --- trying again: which failures, how long to wait -----------------------------------------------
-
-_RETRIED_STATUSES = (429, 500, 502, 503, 504)
-
-
-class _Lost(Exception):
-    """An exchange that failed for `__cause__`, and may do better another time."""
-
-
-class _Session:
-    """What `Dub` and `Customers` share: the options, which pickle and copy, and the opener."""
-
-    def __init__(
-        self,
-        token: Union[str, Callable[[], str]],
-        server_url: str,
-        timeout_ms: float,
-        max_retries: int,
-        ssl_context: Optional[ssl.SSLContext],
-    ) -> None:
-        self.token = token
-        self.server_url = server_url
-        self.timeout_ms = timeout_ms
-        self.max_retries = max_retries
-        self.ssl_context = ssl_context
-        # No other handlers: without one for redirects none can be followed, to another host with
-        # the token least of all; without one for files no file can be opened.
-        self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(_ProxyHandler())
-        handler = _KeepAliveHandler(server_url, ssl_context)
-        self.opener.add_handler(handler)
-        # Called once: by close(), when the last user drops the session, or as Python exits.
-        self.close = weakref.finalize(self, handler.close)
-
-    def __reduce__(self) -> Tuple[Callable[[], _Session], Tuple[()]]:
-        options = self.token, self.server_url, self.timeout_ms, self.max_retries, self.ssl_context
-        return functools.partial(_Session, *options), ()
-
-    def retrieve(
-        self, path: str, http_headers: Mapping[str, str], timeout_ms: float, max_retries: int
-    ) -> Customer:
-        """Try until there is a customer, an error not worth another try, or no time left."""
-        if not self.close.alive:
-            raise RuntimeError("the client is closed")
-        ends = time.monotonic() + timeout_ms / 1000
-        tried = 0
-        while True:
-            headers = self.headers(http_headers)
-            try:
-                return _customer(self.attempt(path, headers, ends))
-            except (APIError, _Lost) as error:
-                wait = _wait(error, tried)
-                if wait is None or tried >= max_retries or time.monotonic() + wait >= ends:
-                    if isinstance(error, APIError):
-                        raise
-                    cause = error.__cause__
-                    late = time.monotonic() >= ends
-                    raise self.no_response(cause, timeout_ms if late else None) from cause
-            time.sleep(wait)
-            tried += 1
-
-    def no_response(self, cause: object, late_ms: Optional[float]) -> NoResponseError:
-        """What to tell of a failed exchange, which has run out of time if `late_ms` is given."""
-        if late_ms is not None:
-            return RequestTimeout(f"no answer from {self.server_url} within {late_ms} ms")
-        reason = _one_line(f"{type(cause).__name__}: {cause}", 200)
-        return NoResponseError(f"no answer from {self.server_url}: {reason}")
-
-    def headers(self, http_headers: Mapping[str, str]) -> Dict[str, str]:
-        """What to send. What a token callable raises is its caller's business, not a failed try."""
-        token = _checked_token(self.token(), "token()") if callable(self.token) else self.token
-        return {
-            "Authorization": f"Bearer {token}",
-            "Accept": "application/json",
-            "User-Agent": _USER_AGENT,
-            **http_headers,
-        }
-
-    def attempt(self, path: str, headers: Dict[str, str], ends: float) -> _Answer:
-        """One request and its answer, noted in the log."""
-        # Request files headers under one spelling of their names: so a user's replace ours.
-        request = urllib.request.Request(self.server_url + path, headers=headers)
-        started = time.monotonic()
-        outcome: object = None
-        try:
-            answer = cast(_Answer, self.opener.open(request, timeout=ends - started))
-            outcome = answer.status
-            return answer
-        except BaseException as error:
-            outcome = type(error).__name__
-            if isinstance(error, (OSError, http.client.HTTPException)):
-                raise _Lost from error
-            raise
-        finally:
-            _log_attempt(path, outcome, (time.monotonic() - started) * 1000)
+# --- command line ---
+_EXAMPLE = b"""{"id": "cus_1KAP4CDPBSVMMBMH9XX3YZZ0Z", "externalId": "user_42", "country": "GB",
+"name": "Ada Lovelace", "email": "ada@example.com", "avatar": "https://assets.example.com/ada.png",
+"sales": 3, "saleAmount": 12900, "createdAt": "2026-01-02T03:04:05.000Z", "stripeCustomerId": null,
+"firstSaleAt": "2026-02-01T00:00:00.000Z", "subscriptionCanceledAt": null, "programId": "prog_1",
+"link": {"id": "link_1KAP4CDPBSVMMBMH9XX3YZZ0Z", "domain": "dub.sh", "key": "try",
+"shortLink": "https://dub.sh/try", "url": "https://dub.co", "programId": "prog_1"}, "partner":
+{"id": "pn_1", "name": "Grace Hopper", "email": "grace@example.com", "image": null}, "discount":
+{"id": "disc_1", "amount": 20, "type": "percentage", "maxDuration": 12, "description": null,
+"couponId": "co_1", "couponTestId": null, "partnersCount": 4}}"""  # the documented one, expanded
 
 
-def _log_attempt(path: str, outcome: object, milliseconds: float) -> None:
-    # Importing logging takes 10 ms: whoever wants the line has done it already.
-    # Another thread may be importing it just now.
-    get_logger = getattr(sys.modules.get("logging"), "getLogger", None)
-    if get_logger is not None:
-        get_logger(__name__).debug("GET %s %s %.1f ms", path, outcome, milliseconds)
-
-
-def _wait(error: Exception, tried: int) -> Optional[float]:
-    """Seconds to wait before the next try, after `tried` + 1 of them; None: it is not worth one."""
-    if isinstance(error, APIError):
-        if error.status_code not in _RETRIED_STATUSES:
-            return None
-        told = _retry_after(error.headers) if error.status_code in (429, 503) else None
-        if told is not None:
-            return told
-    return random.uniform(0, 0.5 * 2 ** min(tried, 4))  # full jitter, at most 8 seconds
-
-
-def _retry_after(headers: Mapping[str, str]) -> Optional[float]:
-    """Seconds that the header Retry-After asks for, not below 0; None if it is absent or nonsense.
-
-    By RFC 9110 it holds seconds or a date. Dub sends the end of the rate window, in milliseconds
-    since 1970: https://github.com/dubinc/dub, apps/web/lib/auth/rate-limit-request.ts at 1de955f.
-    """
-    text = headers.get("Retry-After", "").strip()
-    # The server's own clock, where it tells it: then a wrong one here does no harm.
-    now = _http_date(headers.get("Date", ""))
-    if now is None:
-        now = time.time()
-    if re.fullmatch("[0-9]{1,13}", text):
-        number = int(text)
-        if number < 10**9:  # 31 years: more than that is no delay but a time
-            return float(number)
-        moment = number / 1000 if number >= 10**11 else float(number)
-    else:
-        date = _http_date(text)
-        if date is None:
-            return None
-        moment = date
-    return max(0.0, moment - now)
-
-
-def _http_date(text: str) -> Optional[float]:
-    """A date such as `Sun, 06 Nov 1994 08:49:37 GMT`, in seconds since 1970; None if it is none."""
-    try:
-        return float(calendar.timegm(email.utils.parsedate_to_datetime(text).utctimetuple()))
-    except (TypeError, ValueError, OverflowError, IndexError):  # by version of Python
-        return None
-
-
-# --- command line ---------------------------------------------------------------------------------
-
-# The documented answer, expanded.
-_EXAMPLE = b"""{
- "id": "cus_1KAP4CDPBSVMMBMH9XX3YZZ0Z", "externalId": "user_42", "name": "Ada Lovelace",
- "email": "ada@example.com", "avatar": "https://assets.example.com/ada.png", "country": "GB",
- "sales": 3, "saleAmount": 12900, "createdAt": "2026-01-02T03:04:05.000Z",
- "stripeCustomerId": null, "firstSaleAt": "2026-02-01T00:00:00.000Z",
- "subscriptionCanceledAt": null, "programId": "prog_1",
- "link": {"id": "link_1KAP4CDPBSVMMBMH9XX3YZZ0Z", "domain": "dub.sh", "key": "try",
-  "shortLink": "https://dub.sh/try", "url": "https://dub.co", "programId": "prog_1"},
- "partner": {"id": "pn_1", "name": "Grace Hopper", "email": "grace@example.com", "image": null},
- "discount": {"id": "disc_1", "amount": 20, "type": "percentage", "maxDuration": 12,
-  "description": null, "couponId": "co_1", "couponTestId": null, "partnersCount": 4}
-}"""
-
-
-def _main() -> int:
-    """Print a customer as JSON. Returns the exit status: 0, or 1 after one line on the error."""
+def _main() -> None:
+    """Print a customer as JSON. Exit status: 0; 1 after one line on the error; 2 for bad usage."""
     import argparse
+    import signal
 
-    parser = argparse.ArgumentParser(
-        description="Print a customer of the Dub API as JSON. The key is read from DUB_API_KEY."
-    )
-    parser.add_argument("id", nargs="?", metavar="ID", help="cus_... or ext_ and the externalId")
-    parser.add_argument("--expand", action="store_true", help="with link, partner and discount")
+    # Ctrl-C ends this as it ends other programs: without a traceback, and a shell's loop with it.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parser = argparse.ArgumentParser(description="Print a customer as JSON, by the DUB_API_KEY.")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("id", nargs="?", metavar="ID", help="cus_... or ext_ and the externalId")
+    which.add_argument("--demo", action="store_true", help="an example from a server in here")
+    parser.add_argument("--expand", action="store_const", const=True, help="with link and so on")
     parser.add_argument("--server-url", default="https://api.dub.co", metavar="URL")
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument(
-        "--demo", action="store_true", help="fetch the documented example from a server in here"
-    )
-    options = parser.parse_args()
-    if (options.id is None) != options.demo:
-        parser.error("give an ID, or --demo")
     try:
-        if options.demo:
-            customer = _demo()
-        else:
-            with Dub(server_url=options.server_url) as client:
-                expand = options.expand or None
-                customer = client.customers.get(options.id, include_expanded_fields=expand)
-        print(json.dumps(customer.raw, indent=2), flush=True)
-    except (DubError, OSError, ValueError, Warning, KeyboardInterrupt) as error:
-        print("error:", _one_line(str(error) or type(error).__name__, 600), file=sys.stderr)
-        # Output that could not be written stays in the buffer, and would fail once more at exit.
-        if isinstance(error, OSError) and not isinstance(error, DubError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+        # Python's own is None if closed, and reports a full disk only at exit.
+        with open(1, "w", closefd=False) as sys.stdout:
+            options = parser.parse_args()
+            if options.demo:
+                customer = _demo()
+            else:  # the id as the bytes that were typed, whatever encoding the terminal has
+                id = os.fsencode(options.id).decode("utf-8", "surrogateescape")
+                with Dub(server_url=options.server_url) as client:
+                    customer = client.customers.get(id, include_expanded_fields=options.expand)
+            print(json.dumps(customer.raw, indent=2))
+    except (DubError, OSError, ValueError, RuntimeError, Warning) as error:
+        sys.exit(f"error: {_one_line(str(error) or type(error).__name__, 600)}")
 
 
 def _demo() -> Customer:
@@ -1258,24 +979,17 @@ def _demo() -> Customer:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
+            self.send_response_only(200)  # which writes no log
             self.end_headers()
             self.wfile.write(_EXAMPLE)
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    os.environ["no_proxy"] = "*"  # a proxy would look for 127.0.0.1 on its own machine
-    # Not http.server.HTTPServer, which looks its own name up: that can hang without a network.
+    os.environ.update(http_proxy="", no_proxy="*")  # a proxy would look for its own 127.0.0.1
+    # Not HTTPServer, which looks its own name up: that can hang without a network.
     with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.handle_request, daemon=True)
-        thread.start()
-        url = f"http://127.0.0.1:{server.server_address[1]}"
-        with Dub("dub_demo", server_url=url) as client:
-            customer = client.customers.get("ext_user_42", include_expanded_fields=True)
-        thread.join()
-    return customer
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with Dub("dub_demo", server_url=f"http://127.0.0.1:{server.server_address[1]}") as client:
+            return client.customers.get("ext_user_42", include_expanded_fields=True)
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    _main()

@@ -35,7 +35,7 @@ from urllib.parse import SplitResult, quote, urlsplit
 try:
     import ssl
 except ImportError:  # a Python built without it: http works, https is an error that says so
-    if TYPE_CHECKING:  # where it is there
+    if TYPE_CHECKING:  # to a type checker, ssl is always the module
         raise
     ssl = None
 
@@ -91,7 +91,7 @@ class InviteExpired(APIError):
 
 
 class UnprocessableEntity(APIError):
-    """422: mostly the server's own response failing its schema, rarely the request."""
+    """422: Dub found its own response at odds with its schema; rarely the request."""
 
 
 @dataclass(eq=False)
@@ -138,7 +138,7 @@ class Link:
 
     @classmethod
     def from_json(cls, data: Any, path: str = "link") -> Link:
-        """Map decoded JSON. A ResponseValidationError locates a mismatch, below `path`."""
+        """Map decoded JSON, which a ResponseValidationError on a mismatch calls `path`."""
         get = _getter(data, path)
         return cls(
             id=get("id", str),
@@ -161,7 +161,7 @@ class Partner:
 
     @classmethod
     def from_json(cls, data: Any, path: str = "partner") -> Partner:
-        """Map decoded JSON. A ResponseValidationError locates a mismatch, below `path`."""
+        """Map decoded JSON, which a ResponseValidationError on a mismatch calls `path`."""
         get = _getter(data, path)
         return cls(
             id=get("id", str),
@@ -173,8 +173,8 @@ class Partner:
 
 @dataclass(frozen=True)
 class Discount:
-    """What the customer has off: `amount` per cent or cents, by `type` ("percentage" or "flat" so
-    far), for `max_duration` months; 0 means once, None for ever."""
+    """The customer's discount: `amount` per cent or cents, depending on `type` ("percentage" or
+    "flat" so far), for `max_duration` months; 0 means once, None for ever."""
 
     id: str
     amount: Union[int, float]
@@ -187,7 +187,7 @@ class Discount:
 
     @classmethod
     def from_json(cls, data: Any, path: str = "discount") -> Discount:
-        """Map decoded JSON. A ResponseValidationError locates a mismatch, below `path`."""
+        """Map decoded JSON, which a ResponseValidationError on a mismatch calls `path`."""
         get = _getter(data, path)
         return cls(
             id=get("id", str),
@@ -230,7 +230,7 @@ class Customer:
 
     @classmethod
     def from_json(cls, data: Any, path: str = "customer") -> Customer:
-        """Map decoded JSON. A ResponseValidationError locates a mismatch, below `path`."""
+        """Map decoded JSON, which a ResponseValidationError on a mismatch calls `path`."""
         get = _getter(data, path)
         return cls(
             id=get("id", str),
@@ -293,8 +293,8 @@ class GetCustomerRequest(_IdOfRequest, total=False):
 class Customers:
     """The customers of a workspace: reached as `Dub(...).customers`."""
 
-    def __init__(self, tries: _Tries) -> None:
-        self._tries = tries
+    def __init__(self, transport: _Transport) -> None:
+        self._transport = transport
 
     def get(
         self,
@@ -321,12 +321,12 @@ class Customers:
             if id is not None or include_expanded_fields is not None:
                 raise TypeError("get() takes id and include_expanded_fields, or request, not both")
             id, include_expanded_fields = _unpack_request(**request)
-        timeout_ms = self._tries.timeout_ms if timeout_ms is None else timeout_ms
-        max_retries = self._tries.max_retries if max_retries is None else max_retries
+        timeout_ms = self._transport.timeout_ms if timeout_ms is None else timeout_ms
+        max_retries = self._transport.max_retries if max_retries is None else max_retries
         _check_limits(timeout_ms, max_retries)
-        url = self._tries.server_url + _customer_path(id, include_expanded_fields)
+        url = self._transport.server_url + _customer_path(id, include_expanded_fields)
         headers = _checked_headers({} if http_headers is None else http_headers)
-        return self._tries.get(_Request(url, headers, timeout_ms), max_retries)
+        return self._transport.get(_Request(url, headers, timeout_ms), max_retries)
 
 
 class Dub:
@@ -368,12 +368,12 @@ class Dub:
         loopback = re.fullmatch(r"localhost|::1|127(\.[0-9]+){3}", str(server.hostname))
         if server.scheme == "http" and not loopback:
             warnings.warn(f"the token goes to {server.netloc} in clear: use https", stacklevel=2)
-        self._tries = _Tries(token, url, timeout_ms, max_retries, ssl_context)
-        self.customers = Customers(self._tries)
+        self._transport = _Transport(token, url, timeout_ms, max_retries, ssl_context)
+        self.customers = Customers(self._transport)
 
     def close(self) -> None:
         """Close the connections. A later `get` raises RuntimeError; closing twice is harmless."""
-        self._tries.connections.close()
+        self._transport.connections.close()
 
     def __enter__(self) -> Dub:
         return self
@@ -382,7 +382,7 @@ class Dub:
         self.close()
 
     def __repr__(self) -> str:
-        return repr(self._tries).replace("_Tries", "Dub", 1)
+        return repr(self._transport).replace("_Transport", "Dub", 1)
 
 
 # --- below: how it is done. The request: id to path, options to headers ---
@@ -410,7 +410,7 @@ def _customer_path(id: Any, include_expanded_fields: Any) -> str:
     if id in ("", ".", "..", "ext_"):
         raise ValueError(f"id: expected cus_... or ext_ and an externalId, got {id!r}")
     segment = quote(id, safe="")  # a ValueError for lone surrogates
-    # Dub's Next.js cuts off .rsc, and has pages of these names: so encoded, they are ids as well.
+    # Before it decodes, Dub's Next.js cuts off .rsc, and knows pages of these names: hide them.
     if segment.endswith(".rsc"):
         segment = segment[:-4] + "%2Ersc"
     elif segment in ("count", "export", "search-stripe"):
@@ -455,7 +455,7 @@ def _check_limits(timeout_ms: object, max_retries: object) -> None:
 
 
 def _split_url(url: str, *schemes: str) -> SplitResult | None:
-    """The parts of a URL with a sane host and port; None, as an error would show a password."""
+    """The parts of a URL with a sane host and port, else None: an error would show its password."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
@@ -475,9 +475,7 @@ class _Request(urllib.request.Request):
     """A GET, the time and the bytes that its call may still use, and the proxy it goes through."""
 
     def __init__(self, url: str, http_headers: dict[str, str], timeout_ms: float) -> None:
-        super().__init__(
-            url, headers=http_headers, origin_req_host=""
-        )  # else computed, for cookies
+        super().__init__(url, headers=http_headers, origin_req_host="")  # else it is computed
         self.proxy = ""
         self.deadline = time.monotonic() + timeout_ms / 1000
         self.bytes_left = 2 * 1024 * 1024
@@ -506,7 +504,7 @@ _RETRIED_STATUSES = (429, 500, 502, 503, 504)
 
 
 @dataclass
-class _Tries:
+class _Transport:
     """Tries until there is a customer, an error not worth another try, or no time left."""
 
     token: str | Callable[[], str] = field(repr=False)
@@ -530,9 +528,9 @@ class _Tries:
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         options = self.token, self.server_url, self.timeout_ms, self.max_retries, self.ssl_context
-        return _Tries, options  # the connections do not travel
+        return _Transport, options  # the connections do not travel
 
-    def __del__(self) -> None:  # here: opener and handler refer to each other, and live on
+    def __del__(self) -> None:  # the connections cannot: they and the opener hold each other
         self.connections.close()
 
     def get(self, request: _Request, max_retries: int) -> Customer:
@@ -542,7 +540,9 @@ class _Tries:
         while True:
             # Outside the `try`: what a callable raises is its owner's business, no failed request.
             key = _checked_token(token(), "token()") if callable(token) else token
-            request.add_unredirected_header("Authorization", f"Bearer {key}")  # a user's wins
+            request.add_unredirected_header(
+                "Authorization", f"Bearer {key}"
+            )  # a user's in .headers wins
             try:
                 return _customer(self.attempt(request))
             except (APIError, OSError) as error:  # a NoResponseError from below is final
@@ -583,8 +583,8 @@ def _wait(error: Exception, retries: int, request: _Request) -> float | None:
         told = _retry_after(error.headers) if error.status_code in (429, 503) else None
         if told is not None:
             # All threads are told the same moment, and would fill the next window at once: so each
-            # adds up to 4 seconds, or 4 in 5 of what is left then, if that is less.
-            wait = told + random.uniform(0, 4) * min(1, max(0, left - told) / 5)
+            # adds up to 4 seconds, or up to 4 in 5 of what is left then, if that is less.
+            wait = told + random.uniform(0, min(4, 0.8 * max(0, left - told)))
     return wait if wait < left and request.bytes_left >= _MAX_BODY else None
 
 
@@ -597,7 +597,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         return float(text)
     moment = _http_date(text)
     if re.fullmatch("[0-9]{10,13}", text):
-        moment = int(text) / (1000 if len(text) >= 12 else 1)  # so few are seconds since 1970
+        moment = int(text) / (1000 if len(text) >= 12 else 1)  # 10 or 11 digits: seconds
     # By the server's own clock, where it tells it: then a wrong one here does no harm.
     now = _http_date(headers.get("Date", ""))
     return None if moment is None else max(0.0, moment - (time.time() if now is None else now))
@@ -708,7 +708,7 @@ _MAX_HEAD = 64 * 1024  # bytes, and 100 fields
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\r\n\0]*))?\r\n")  # 4
 _FIELD_LINE = re.compile(rb"(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*))?\r\n")  # 5, or empty
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n\0]*)?\r\n")  # 7.1
-_LINE_END = re.compile(rb"\r[\0-\xff]|[\n\0]")  # or a bad byte; a CR may be half a CRLF as yet
+_NO_MORE = re.compile(rb"\r[\0-\xff]|[\n\0]")  # the line has ended or gone bad (not yet: a last CR)
 
 
 class _Response(NamedTuple):
@@ -756,7 +756,7 @@ class _Wire:
             kind = ConnectionError if status in _RETRIED_STATUSES else NoResponseError
             raise kind(f"proxy {request.proxy} answered {status} to CONNECT")
         if not self.usable():  # what it said would be taken for the server's part of TLS
-            raise ConnectionError("the proxy spoke ahead of TLS")
+            raise ConnectionError("the proxy spoke or hung up ahead of TLS")
 
     def start_tls(self, tls: ssl.SSLContext, host: str, request: _Request) -> None:
         # The handshake apart: interrupted in wrap_socket, it would leave the socket open.
@@ -793,7 +793,7 @@ class _Wire:
                 raise ConnectionError("Transfer-Encoding is not chunked alone (RFC 9112, 6.1, 6.3)")
             body = self.chunks()
         elif length is not None:
-            # No sign or underscore, as int() takes them. Repeated, it is as good as said once.
+            # No sign or underscore, which int() would take. Repeated, it is as good as said once.
             if not (number := re.fullmatch(r"0*([0-9]{1,15})([ \t]*,[ \t]*0*\1)*", length)):
                 raise ConnectionError("Content-Length is not one number (RFC 9112, 6.3)")
             body = self.take(min(int(number[1]), _MAX_BODY + 1))
@@ -809,7 +809,7 @@ class _Wire:
 
     def ask(self, what: str, headers: dict[str, str], request: _Request) -> tuple[Any, ...]:
         """Send a request without a body. Version, status, reason and headers of the response."""
-        self.request, self.reusable = request, False
+        self.request, self.reusable = request, False  # whose time and bytes are used up
         lines = [f"{what} HTTP/1.1", *map(": ".join, headers.items()), "", ""]
         data = "\r\n".join(lines).encode("latin-1")
         while data:
@@ -848,14 +848,14 @@ class _Wire:
         return bytes(body)
 
     def line(self, what: str, pattern: re.Pattern[bytes], start: bytes = b"") -> tuple[bytes, ...]:
-        """The groups of the pattern in the next line; another is refused as soon as it shows."""
+        """The groups of the pattern in the next line; one that cannot match any more is refused."""
         while True:
             match = pattern.match(self.buffer)
             if match and match.end() <= self.room:
                 break
-            over = match or _LINE_END.search(self.buffer) or len(self.buffer) >= self.room
+            over = match or _NO_MORE.search(self.buffer) or len(self.buffer) >= self.room
             if over or not start.startswith(bytes(self.buffer[: len(start)])):
-                raise ConnectionError(f"expected {what}, got {bytes(self.buffer[:40])!r}")
+                raise ConnectionError(f"expected {what} in bounds, got {bytes(self.buffer[:40])!r}")
             self.receive()
         groups, self.room = match.groups(b""), self.room - match.end()
         del self.buffer[: match.end()]
@@ -957,7 +957,7 @@ def _main() -> None:
     parser.add_argument("--server-url", default="https://api.dub.co", metavar="URL")
     parser.add_argument("--version", action="version", version=__version__)
     try:
-        # Python's own is None if closed, and reports a full disk only at exit.
+        # Python's own sys.stdout is None if closed, and reports a full disk only at exit.
         with open(1, "w", closefd=False) as sys.stdout:
             options = parser.parse_args()
             if options.demo:
@@ -967,7 +967,7 @@ def _main() -> None:
                 with Dub(server_url=options.server_url) as client:
                     customer = client.customers.get(id, include_expanded_fields=options.expand)
             print(json.dumps(customer.raw, indent=2))
-    except (DubError, OSError, ValueError, RuntimeError, Warning) as error:
+    except (DubError, OSError, ValueError, RuntimeError, Warning) as error:  # Warning: -W error
         sys.exit(f"error: {_one_line(str(error) or type(error).__name__, 600)}")
 
 
@@ -983,7 +983,7 @@ def _demo() -> Customer:
             self.end_headers()
             self.wfile.write(_EXAMPLE)
 
-    os.environ.update(http_proxy="", no_proxy="*")  # a proxy would look for its own 127.0.0.1
+    os.environ.update(http_proxy="", no_proxy="*")  # a proxy has its own 127.0.0.1
     # Not HTTPServer, which looks its own name up: that can hang without a network.
     with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()

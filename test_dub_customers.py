@@ -1199,7 +1199,7 @@ def test_failures_to_connect_are_told_and_tried_again(monkeypatch, waits, scheme
 
 def test_the_opener_holds_urllibs_proxy_handler_and_ours_alone(monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    handlers = Dub(TOKEN, server_url="http://localhost:1")._tries.opener.handlers
+    handlers = Dub(TOKEN, server_url="http://localhost:1")._transport.opener.handlers
     kinds = [(type(each).__module__, type(each).__bases__[0].__name__) for each in handlers]
     assert kinds == [("urllib.request", "BaseHandler"), ("dub_customers", "BaseHandler")]
 
@@ -1483,7 +1483,7 @@ def test_a_proxy_cannot_speak_ahead_of_tls(tls, monkeypatch, size):
     with raw_server(each_connection(b"HTTP/1.1 200 OK\r\n\r\n" + LATE)) as relay:
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{relay.port}")
         error = outcome(Dub(TOKEN, server_url="https://localhost", ssl_context=tls.trusting))
-        assert str(error).endswith("the proxy spoke ahead of TLS")
+        assert str(error).endswith("the proxy spoke or hung up ahead of TLS")
 
 
 def test_no_proxy_is_read_at_each_call_and_another_route_takes_another_connection(monkeypatch):

@@ -10,7 +10,7 @@ Origin: the project dub_customers, version below. A copy stands alone, and is re
 The API's own reference: https://dub.co/docs/api-reference/endpoint/retrieve-a-customer
 """
 
-from __future__ import annotations
+from __future__ import annotations  # X | None on 3.8; but Optional where users see it
 
 __version__ = "1.1.0"
 
@@ -51,14 +51,14 @@ class APIError(DubError):
 
     code, message, doc_url: the server's words (https://dub.co/docs/api-reference/errors), or None.
         Without one of its own, the message is the reason and the first words of the body.
-    headers: of the response, looked up in any case. body: bytes, at most 1 MiB.
+    headers: an email.message.Message; names count in any case. body: bytes, at most 1 MiB.
     """
 
     message: str = ""
     status_code: int = 0
     code: Optional[str] = None
     doc_url: Optional[str] = None
-    headers: Mapping[str, str] = field(default_factory=lambda: {}, repr=False)
+    headers: Mapping[str, str] = field(default_factory=lambda: {}, repr=False)  # dict is untyped
     body: bytes = field(default=b"", repr=False)
 
     def __str__(self) -> str:
@@ -109,11 +109,11 @@ class InternalServerError(APIError):
 
 
 class NoResponseError(DubError):
-    """No whole response. `__cause__` says why: name resolution, TLS, proxy, cut off, malformed."""
+    """No whole response, for want of a connection, TLS, a proxy or an end: see the message."""
 
 
 class RequestTimeout(NoResponseError, TimeoutError):
-    """`timeout_ms` ran out. `__cause__` tells what was under way."""
+    """`timeout_ms` ran out. The traceback of `__cause__` shows what was under way."""
 
 
 class ResponseValidationError(DubError):
@@ -138,7 +138,7 @@ class Link:
 
     @classmethod
     def from_json(cls, data: Any, path: str = "link") -> Link:
-        """Map decoded JSON, which a ResponseValidationError on a mismatch calls `path`."""
+        """Map decoded JSON; `path` is its name in a ResponseValidationError."""
         get = _getter(data, path)
         return cls(
             id=get("id", str),
@@ -161,7 +161,7 @@ class Partner:
 
     @classmethod
     def from_json(cls, data: Any, path: str = "partner") -> Partner:
-        """Map decoded JSON, which a ResponseValidationError on a mismatch calls `path`."""
+        """Map decoded JSON; `path` is its name in a ResponseValidationError."""
         get = _getter(data, path)
         return cls(
             id=get("id", str),
@@ -187,7 +187,7 @@ class Discount:
 
     @classmethod
     def from_json(cls, data: Any, path: str = "discount") -> Discount:
-        """Map decoded JSON, which a ResponseValidationError on a mismatch calls `path`."""
+        """Map decoded JSON; `path` is its name in a ResponseValidationError."""
         get = _getter(data, path)
         return cls(
             id=get("id", str),
@@ -230,7 +230,7 @@ class Customer:
 
     @classmethod
     def from_json(cls, data: Any, path: str = "customer") -> Customer:
-        """Map decoded JSON, which a ResponseValidationError on a mismatch calls `path`."""
+        """Map decoded JSON; `path` is its name in a ResponseValidationError."""
         get = _getter(data, path)
         return cls(
             id=get("id", str),
@@ -315,7 +315,7 @@ class Customers:
         http_headers: sent as well, or in place of the client's of the same name.
 
         Raises a DubError; TypeError or ValueError for bad options, before any request is made;
-        and RuntimeError once the client is closed.
+        RuntimeError once the client is closed; and what a token callable raises.
         """
         if request is not None:
             if id is not None or include_expanded_fields is not None:
@@ -334,8 +334,8 @@ class Dub:
 
     token: an API key, or a callable asked for one before each try. None reads DUB_API_KEY at once.
     server_url: http(s)://host[:port][/path]; plain http beyond this machine warns: all can read it.
-    timeout_ms: the longest a `get` may take in milliseconds, waits and retries included. Only the
-        system's name resolution, and a token callable, cannot be interrupted.
+    timeout_ms: the longest a `get` may take in milliseconds, waits and retries included. Only name
+        resolution, a token callable and OpenSSL amid a flooded handshake cannot be interrupted.
     max_retries: how many times a failed request may be sent again.
     ssl_context: in place of `ssl.create_default_context()`; a client with one cannot be pickled.
 
@@ -372,7 +372,7 @@ class Dub:
         self.customers = Customers(self._transport)
 
     def close(self) -> None:
-        """Close the connections. A later `get` raises RuntimeError; closing twice is harmless."""
+        """Close the connections, those in use after their call. A later `get`: RuntimeError."""
         self._transport.connections.close()
 
     def __enter__(self) -> Dub:
@@ -392,7 +392,7 @@ _HEADERS["User-agent"] = "dub_customers/{} Python/{}.{}".format(__version__, *sy
 
 
 def _typed(value: Any, name: str, *kinds: type) -> Any:
-    """The value, if of these types. A str counts by its value: an enum may format as Key.PROD."""
+    """The value, if of these types. A str comes back plain: an enum would format as Key.PROD."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
@@ -475,7 +475,7 @@ class _Request(urllib.request.Request):
     """A GET, the time and the bytes that its call may still use, and the proxy it goes through."""
 
     def __init__(self, url: str, http_headers: dict[str, str], timeout_ms: float) -> None:
-        super().__init__(url, headers=http_headers, origin_req_host="")  # else it is computed
+        super().__init__(url, headers=http_headers, origin_req_host="")  # else parsed again
         self.proxy = ""
         self.deadline = time.monotonic() + timeout_ms / 1000
         self.bytes_left = 2 * 1024 * 1024
@@ -519,7 +519,7 @@ class _Transport:
         if proxy := urllib.request.getproxies().get(scheme):
             # urllib would send an https: proxy its password in clear, and misread an @ in a path.
             parts = _split_url(proxy if "://" in proxy else f"http://{proxy}", "http")
-            if parts is None or "@" in parts.path + parts.query + parts.fragment:
+            if parts is None or "@" in parts.path or parts.query or parts.fragment:
                 raise ValueError(f"{scheme}_proxy: expected [http://][user:password@]host[:port]")
         # No other handlers: without one for redirects, none can take the token to another host.
         self.opener = urllib.request.OpenerDirector()
@@ -540,9 +540,8 @@ class _Transport:
         while True:
             # Outside the `try`: what a callable raises is its owner's business, no failed request.
             key = _checked_token(token(), "token()") if callable(token) else token
-            request.add_unredirected_header(
-                "Authorization", f"Bearer {key}"
-            )  # a user's in .headers wins
+            # "Unredirected", so that header_items() lets a user's own win.
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
             try:
                 return _customer(self.attempt(request))
             except (APIError, OSError) as error:  # a NoResponseError from below is final
@@ -702,13 +701,15 @@ def _timed_out(error: Exception) -> bool:
 
 
 # --- the wire: HTTP/1.1 by RFC 9112 over one socket, under a deadline ---
-_MAX_BODY = 1024 * 1024  # bytes; a customer takes 2 kB, or 100 with long URLs in it
+_MAX_BODY = 1024 * 1024  # bytes; one more is read, to know. A customer takes 2 to 100 kB
 _MAX_HEAD = 64 * 1024  # bytes, and 100 fields
-# The lines there are, each with the paragraph of RFC 9112 that asks for it.
+# The lines there are, each with its section of RFC 9112.
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\r\n\0]*))?\r\n")  # 4
 _FIELD_LINE = re.compile(rb"(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*))?\r\n")  # 5, or empty
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n\0]*)?\r\n")  # 7.1
-_NO_MORE = re.compile(rb"\r[\0-\xff]|[\n\0]")  # the line has ended or gone bad (not yet: a last CR)
+_LINE_OVER = re.compile(
+    rb"\r[\0-\xff]|[\n\0]"
+)  # what has this will not match later (a last CR may)
 
 
 class _Response(NamedTuple):
@@ -722,9 +723,10 @@ class _Wire:
     """One connection: HTTP/1.1 by RFC 9112 over one socket. What that does not allow is refused as
     it is read: nobody can tell where it ends, and its tail would be the next call's customer."""
 
+    sock: Any = None  # a socket, from `connect` on
+
     def __init__(self, proxy: str) -> None:
         self.proxy, self.process, self.old_at = proxy, os.getpid(), math.inf
-        self.sock: Any = None  # a socket, from `connect` on
         self.buffer = bytearray()  # received, and not yet read
         self.room = 0  # bytes that the head under way may still take
         self.reusable = False  # whether a response was read to its end, and another may follow
@@ -760,7 +762,9 @@ class _Wire:
 
     def start_tls(self, tls: ssl.SSLContext, host: str, request: _Request) -> None:
         # The handshake apart: interrupted in wrap_socket, it would leave the socket open.
-        self.sock = tls.wrap_socket(self.sock, server_hostname=host, do_handshake_on_connect=False)
+        # A ragged end is one without TLS's own: anybody may have cut there (RFC 9112, 9.8).
+        how: dict[str, Any] = {"do_handshake_on_connect": False, "suppress_ragged_eofs": False}
+        self.sock = tls.wrap_socket(self.sock, server_hostname=host, **how)
         self.sock.settimeout(request.seconds_left())
         self.sock.do_handshake()
 
@@ -794,9 +798,10 @@ class _Wire:
             body = self.chunks()
         elif length is not None:
             # No sign or underscore, which int() would take. Repeated, it is as good as said once.
-            if not (number := re.fullmatch(r"0*([0-9]{1,15})([ \t]*,[ \t]*0*\1)*", length)):
+            sizes = {re.sub("^0+(?=[0-9])", "", each.strip(" \t")) for each in length.split(",")}
+            if len(sizes) > 1 or not re.fullmatch("[0-9]{1,15}", min(sizes)):
                 raise ConnectionError("Content-Length is not one number (RFC 9112, 6.3)")
-            body = self.take(min(int(number[1]), _MAX_BODY + 1))
+            body = self.take(min(int(min(sizes)), _MAX_BODY + 1))
         else:
             while len(self.buffer) <= _MAX_BODY and self.receive(may_end=True):
                 pass
@@ -809,7 +814,7 @@ class _Wire:
 
     def ask(self, what: str, headers: dict[str, str], request: _Request) -> tuple[Any, ...]:
         """Send a request without a body. Version, status, reason and headers of the response."""
-        self.request, self.reusable = request, False  # whose time and bytes are used up
+        self.request, self.reusable = request, False  # receive() uses its time and bytes
         lines = [f"{what} HTTP/1.1", *map(": ".join, headers.items()), "", ""]
         data = "\r\n".join(lines).encode("latin-1")
         while data:
@@ -843,21 +848,21 @@ class _Wire:
                 self.fields()
                 break
             body += self.take(min(size, _MAX_BODY + 1 - len(body)))
-            if len(body) <= _MAX_BODY and self.take(2) != b"\r\n":
+            if len(body) <= _MAX_BODY and any(self.take(1) != byte for byte in (b"\r", b"\n")):
                 raise ConnectionError("a chunk is longer than it said (RFC 9112, 7.1)")
         return bytes(body)
 
     def line(self, what: str, pattern: re.Pattern[bytes], start: bytes = b"") -> tuple[bytes, ...]:
         """The groups of the pattern in the next line; one that cannot match any more is refused."""
-        while True:
-            match = pattern.match(self.buffer)
-            if match and match.end() <= self.room:
-                break
-            over = match or _NO_MORE.search(self.buffer) or len(self.buffer) >= self.room
+        seen, match = 0, pattern.match(self.buffer)
+        while not match or match.end() > self.room:
+            over = match or _LINE_OVER.search(self.buffer, seen) or len(self.buffer) >= self.room
             if over or not start.startswith(bytes(self.buffer[: len(start)])):
                 raise ConnectionError(f"expected {what} in bounds, got {bytes(self.buffer[:40])!r}")
+            seen = max(0, len(self.buffer) - 1)
             self.receive()
-        groups, self.room = match.groups(b""), self.room - match.end()
+            match = _LINE_OVER.search(self.buffer, seen) and pattern.match(self.buffer)
+        groups, self.room = match.groups(b""), self.room - match.end()  # copied, before the del
         del self.buffer[: match.end()]
         return groups
 
@@ -915,11 +920,11 @@ def _api_error(response: _Response) -> APIError:
     message = told.get("message") or ": ".join(filter(None, [reason, start])) or "no message"
     if 300 <= status < 400 and "location" in headers:
         message = f"redirect to {headers['location']} not followed"
-    in_any_case = email.message.Message()
+    caseless = email.message.Message()
     for name, value in headers.items():
-        in_any_case[name] = value
+        caseless[name] = value
     facts: dict[str, Any] = {"code": told.get("code"), "doc_url": told.get("doc_url")}
-    facts.update(status_code=status, headers=in_any_case, body=body[:_MAX_BODY])
+    facts.update(status_code=status, headers=caseless, body=body[:_MAX_BODY])
     return _ERRORS.get(status, APIError)(message, **facts)
 
 
@@ -953,7 +958,7 @@ def _main() -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("id", nargs="?", metavar="ID", help="cus_... or ext_ and the externalId")
     which.add_argument("--demo", action="store_true", help="an example from a server in here")
-    parser.add_argument("--expand", action="store_const", const=True, help="with link and so on")
+    parser.add_argument("--expand", action="store_true", help="with link, partner, discount")
     parser.add_argument("--server-url", default="https://api.dub.co", metavar="URL")
     parser.add_argument("--version", action="version", version=__version__)
     try:
@@ -961,12 +966,12 @@ def _main() -> None:
         with open(1, "w", closefd=False) as sys.stdout:
             options = parser.parse_args()
             if options.demo:
-                customer = _demo()
+                found = _demo()
             else:  # the id as the bytes that were typed, whatever encoding the terminal has
                 id = os.fsencode(options.id).decode("utf-8", "surrogateescape")
                 with Dub(server_url=options.server_url) as client:
-                    customer = client.customers.get(id, include_expanded_fields=options.expand)
-            print(json.dumps(customer.raw, indent=2))
+                    found = client.customers.get(id, include_expanded_fields=options.expand or None)
+            print(json.dumps(found.raw, indent=2))
     except (DubError, OSError, ValueError, RuntimeError, Warning) as error:  # Warning: -W error
         sys.exit(f"error: {_one_line(str(error) or type(error).__name__, 600)}")
 
@@ -983,7 +988,7 @@ def _demo() -> Customer:
             self.end_headers()
             self.wfile.write(_EXAMPLE)
 
-    os.environ.update(http_proxy="", no_proxy="*")  # a proxy has its own 127.0.0.1
+    os.environ.update(http_proxy="", no_proxy="*")  # no bad setting, no system's
     # Not HTTPServer, which looks its own name up: that can hang without a network.
     with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()

@@ -244,7 +244,8 @@ def test_header_holds_licence_version_and_origin():
     assert re.fullmatch(r"[0-9]+\.[0-9]+\.[0-9]+", dub_customers.__version__)
     assert f'__version__ = "{dub_customers.__version__}"' in lines[:20]
     assert re.search("^Origin: ", dub_customers.__doc__, re.MULTILINE)
-    assert f" {len(lines)} lines to audit" in " ".join(README.split())
+    assert len(lines) <= 1000
+    assert "at most 1,000 lines to audit" in " ".join(README.split())
 
 
 def test_imports_the_standard_library_alone_and_little_of_it_at_once(tmp_path):
@@ -1338,7 +1339,7 @@ def test_a_kept_connection_that_fails_is_replaced(tls, secure, asked, sent, rese
                 assert result.id == f"cus_{number}"
             else:
                 assert type(result) is NoResponseError
-                assert str(result).endswith("closed before the response was whole")
+                assert re.search("closed before the response was whole$| EOF ", str(result))
             assert asked or not sent or late.acquire(timeout=5)
         assert server.connections == (2 if costs else 4)
 

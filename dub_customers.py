@@ -433,7 +433,7 @@ def _checked_token(token: object, source: str) -> str:
 
 
 def _checked_headers(http_headers: Mapping[str, str]) -> dict[str, str]:
-    """A copy of them: what has been checked must not change before a later try."""
+    """The same headers in plain str, if a request can carry them."""
     checked: dict[str, str] = {}
     for name, value in _typed(http_headers, "http_headers", collections.abc.Mapping).items():
         name, value = _typed(name, "http_headers", str), _typed(value, "http_headers", str)

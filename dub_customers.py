@@ -10,7 +10,7 @@ Origin: the project dub_customers, version below. A copy stands alone, and is re
 The API's own reference: https://dub.co/docs/api-reference/endpoint/retrieve-a-customer
 """
 
-from __future__ import annotations  # X | None on 3.8; but Optional where users see it
+from __future__ import annotations  # X | None on 3.8; public hints are Optional, for get_type_hints
 
 __version__ = "1.1.0"
 
@@ -51,14 +51,14 @@ class APIError(DubError):
 
     code, message, doc_url: the server's words (https://dub.co/docs/api-reference/errors), or None.
         Without one of its own, the message is the reason and the first words of the body.
-    headers: an email.message.Message; names count in any case. body: bytes, at most 1 MiB.
+    headers: an email.message.Message, with names in upper or lower case. body: at most 1 MiB.
     """
 
     message: str = ""
     status_code: int = 0
     code: Optional[str] = None
     doc_url: Optional[str] = None
-    headers: Mapping[str, str] = field(default_factory=lambda: {}, repr=False)  # dict is untyped
+    headers: Mapping[str, str] = field(default_factory=lambda: {}, repr=False)  # dict: untyped
     body: bytes = field(default=b"", repr=False)
 
     def __str__(self) -> str:
@@ -481,7 +481,7 @@ class _Request(urllib.request.Request):
         self.bytes_left = 2 * 1024 * 1024
 
     def set_proxy(self, host: str, type: str) -> None:
-        self.proxy = host  # ProxyHandler calls this; urllib's own would replace the server's
+        self.proxy = host  # ProxyHandler calls this; urllib's own would overwrite self.host
 
     def seconds_left(self) -> float:
         """The timeout of a socket's next operation. A fixed one would start anew with each byte."""
@@ -530,7 +530,7 @@ class _Transport:
         options = self.token, self.server_url, self.timeout_ms, self.max_retries, self.ssl_context
         return _Transport, options  # the connections do not travel
 
-    def __del__(self) -> None:  # the connections cannot: they and the opener hold each other
+    def __del__(self) -> None:  # not theirs: with the opener they are a cycle, collected late
         self.connections.close()
 
     def get(self, request: _Request, max_retries: int) -> Customer:
@@ -571,7 +571,7 @@ class _Transport:
 
 
 def _wait(error: Exception, retries: int, request: _Request) -> float | None:
-    """Seconds to wait before the next try; None if there cannot be one, or it is not worth it."""
+    """Seconds to wait before the next try; None if there is no use, time or room for a body."""
     if _timed_out(error):
         return None
     left = request.deadline - time.monotonic()
@@ -596,7 +596,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         return float(text)
     moment = _http_date(text)
     if re.fullmatch("[0-9]{10,13}", text):
-        moment = int(text) / (1000 if len(text) >= 12 else 1)  # 10 or 11 digits: seconds
+        moment = int(text) / (1000 if len(text) >= 12 else 1)  # else seconds, as some send
     # By the server's own clock, where it tells it: then a wrong one here does no harm.
     now = _http_date(headers.get("Date", ""))
     return None if moment is None else max(0.0, moment - (time.time() if now is None else now))
@@ -707,9 +707,8 @@ _MAX_HEAD = 64 * 1024  # bytes, and 100 fields
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\r\n\0]*))?\r\n")  # 4
 _FIELD_LINE = re.compile(rb"(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*))?\r\n")  # 5, or empty
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n\0]*)?\r\n")  # 7.1
-_LINE_OVER = re.compile(
-    rb"\r[\0-\xff]|[\n\0]"
-)  # what has this will not match later (a last CR may)
+# Once a line has this, it matches now or never. (A CR at the very end may become a CRLF.)
+_LINE_OVER = re.compile(rb"\r[\0-\xff]|[\n\0]")
 
 
 class _Response(NamedTuple):
@@ -856,8 +855,8 @@ class _Wire:
         """The groups of the pattern in the next line; one that cannot match any more is refused."""
         seen, match = 0, pattern.match(self.buffer)
         while not match or match.end() > self.room:
-            over = match or _LINE_OVER.search(self.buffer, seen) or len(self.buffer) >= self.room
-            if over or not start.startswith(bytes(self.buffer[: len(start)])):
+            odd = match or _LINE_OVER.search(self.buffer, seen) or len(self.buffer) >= self.room
+            if odd or not start.startswith(bytes(self.buffer[: len(start)])):
                 raise ConnectionError(f"expected {what} in bounds, got {bytes(self.buffer[:40])!r}")
             seen = max(0, len(self.buffer) - 1)
             self.receive()
@@ -972,7 +971,7 @@ def _main() -> None:
                 with Dub(server_url=options.server_url) as client:
                     found = client.customers.get(id, include_expanded_fields=options.expand or None)
             print(json.dumps(found.raw, indent=2))
-    except (DubError, OSError, ValueError, RuntimeError, Warning) as error:  # Warning: -W error
+    except (DubError, OSError, ValueError, RuntimeError, Warning) as error:  # (no thread, -W error)
         sys.exit(f"error: {_one_line(str(error) or type(error).__name__, 600)}")
 
 
@@ -988,7 +987,7 @@ def _demo() -> Customer:
             self.end_headers()
             self.wfile.write(_EXAMPLE)
 
-    os.environ.update(http_proxy="", no_proxy="*")  # no bad setting, no system's
+    os.environ.update(http_proxy="", no_proxy="*")  # unset; and no system's
     # Not HTTPServer, which looks its own name up: that can hang without a network.
     with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()

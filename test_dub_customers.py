@@ -1712,9 +1712,9 @@ def test_a_response_cut_short_anywhere_is_a_failure(tls):
                 error = outcome(client, max_retries=0)
                 assert str(error).endswith("closed before the response was whole")
             assert type(outcome(client)) is dub_customers.ResponseValidationError
-    cut = each_connection(OK + b"\r\n" + BODY)  # for all that TLS tells
+    cut = each_connection(OK + b"\r\n" + BODY)  # for all that TLS tells; older Pythons hide it
     with raw(cut, tls.here, max_retries=0, ssl_context=tls.trusting) as (_, client):
-        assert type(outcome(client)) is NoResponseError
+        assert (type(outcome(client)) is NoResponseError) is (sys.version_info >= (3, 10))
 
 
 def test_a_head_that_comes_byte_by_byte_costs_little(monkeypatch):

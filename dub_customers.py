@@ -325,7 +325,7 @@ class Customers:
         max_retries = self._transport.max_retries if max_retries is None else max_retries
         _check_limits(timeout_ms, max_retries)
         url = self._transport.server_url + _customer_path(id, include_expanded_fields)
-        headers = _checked_headers({} if http_headers is None else http_headers)
+        headers = {} if http_headers is None else _checked_headers(http_headers)
         return self._transport.get(_Request(url, headers, timeout_ms), max_retries)
 
 
@@ -389,6 +389,7 @@ class Dub:
 # Capitalized as urllib's Request does it, so that a user's of the same name replace them.
 _HEADERS = {"Accept": "application/json", "Accept-encoding": "identity"}
 _HEADERS["User-agent"] = "dub_customers/{} Python/{}.{}".format(__version__, *sys.version_info[:2])
+_RETRIED_STATUSES = (429, 500, 502, 503, 504)  # the server's, or a proxy's to CONNECT
 
 
 def _typed(value: Any, name: str, *kinds: type) -> Any:
@@ -500,9 +501,6 @@ class _Request(urllib.request.Request):
 
 
 # --- the tries: which failures, how long to wait ---
-_RETRIED_STATUSES = (429, 500, 502, 503, 504)
-
-
 @dataclass
 class _Transport:
     """Tries until there is a customer, an error not worth another try, or no time left."""
@@ -556,7 +554,6 @@ class _Transport:
             retries += 1
 
     def attempt(self, request: _Request) -> _Response:
-        """One request and its response, noted in the log."""
         started, outcome = time.monotonic(), ""
         try:
             response: _Response = self.opener.open(request)
@@ -703,10 +700,12 @@ def _timed_out(error: Exception) -> bool:
 # --- the wire: HTTP/1.1 by RFC 9112 over one socket, under a deadline ---
 _MAX_BODY = 1024 * 1024  # bytes; one more is read, to know. A customer takes 2 to 100 kB
 _MAX_HEAD = 64 * 1024  # bytes, and 100 fields
-# The lines there are, each with its section of RFC 9112.
-_STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\r\n\0]*))?\r\n")  # 4
-_FIELD_LINE = re.compile(rb"(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*))?\r\n")  # 5, or empty
+_STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\r\n\0]*))?\r\n")  # 4 of RFC 9112
+_FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r\n"  # 5.1
+_FIELD_LINES = re.compile(rb"((?:%b)*)(\r\n)|((?:%b)+)" % (_FIELD, _FIELD))  # up to the empty one?
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n\0]*)?\r\n")  # 7.1
+_CLOSE = re.compile("(^|,)[ \t]*close[ \t]*($|,)", re.IGNORECASE)  # 9.6
+_LENGTHS = re.compile("0{0,99}[0-9]{1,15}([ \t]*,[ \t]*0{0,99}[0-9]{1,15})*")  # RFC 9110, 8.6
 # Once a line has this, it matches now or never. (A CR at the very end may become a CRLF.)
 _LINE_OVER = re.compile(rb"\r[\0-\xff]|[\n\0]")
 
@@ -788,27 +787,25 @@ class _Wire:
         """The response to a GET; `reusable` tells afterwards whether another may follow."""
         version, status, reason, fields = self.ask(f"GET {target}", headers, request)
         coding, length = fields.get("transfer-encoding"), fields.get("content-length")
-        body, framed = b"", True
+        body, stays = b"", version == b"1.1" and not _CLOSE.search(fields.get("connection", ""))
         if status in (101, 204, 304):  # no body; one that is announced may still come
-            framed = status != 101 and coding is None and length in (None, "0")
+            stays = stays and status != 101 and coding is None and length in (None, "0")
         elif coding is not None:
             if coding.lower() != "chunked" or length is not None or version == b"1.0":
                 raise ConnectionError("Transfer-Encoding is not chunked alone (RFC 9112, 6.1, 6.3)")
             body = self.chunks()
         elif length is not None:
-            # No sign or underscore, which int() would take. Repeated, it is as good as said once.
-            sizes = {re.sub("^0+(?=[0-9])", "", each.strip(" \t")) for each in length.split(",")}
-            if len(sizes) > 1 or not re.fullmatch("[0-9]{1,15}", min(sizes)):
+            # Repeated, a length is as good as said once. int() alone would take more than digits.
+            sizes = {int(each) for each in length.split(",")} if _LENGTHS.fullmatch(length) else ()
+            if len(sizes) != 1:
                 raise ConnectionError("Content-Length is not one number (RFC 9112, 6.3)")
-            body = self.take(min(int(min(sizes)), _MAX_BODY + 1))
+            body = self.take(min(*sizes, _MAX_BODY + 1))
         else:
             while len(self.buffer) <= _MAX_BODY and self.receive(may_end=True):
                 pass
-            body, framed = bytes(self.buffer[: _MAX_BODY + 1]), False
-        options = [each.strip() for each in fields.get("connection", "").lower().split(",")]
-        stays = version == b"1.1" and "close" not in options
+            body, stays = bytes(self.buffer[: _MAX_BODY + 1]), False
         self.old_at = time.monotonic() + 60  # middleboxes forget it silently, within minutes
-        self.reusable = framed and len(body) <= _MAX_BODY and stays and not self.buffer
+        self.reusable = stays and len(body) <= _MAX_BODY and not self.buffer
         return _Response(status, reason, fields, body)
 
     def ask(self, what: str, headers: dict[str, str], request: _Request) -> tuple[Any, ...]:
@@ -829,13 +826,17 @@ class _Wire:
     def fields(self) -> dict[str, str]:
         """The fields of a head, or the trailers of a body, up to the empty line."""
         fields: dict[str, str] = {}
-        for _ in range(101):
-            line = self.line("a header field", _FIELD_LINE)
-            name, value = line[0].decode().lower(), line[1].decode("latin-1").strip(" \t")
-            if not name:
-                return fields
-            fields[name] = f"{fields[name]}, {value}" if name in fields else value
-        raise ConnectionError("more than 100 header fields")
+        count, end = 0, b""
+        while not end:
+            whole, end, part = self.line("a header field", _FIELD_LINES)
+            for line in (whole or part).decode("latin-1").split("\r\n")[:-1]:
+                name, _, value = line.partition(":")
+                name, value = name.lower(), value.strip(" \t")
+                fields[name] = f"{fields[name]}, {value}" if name in fields else value
+                count += 1
+            if count > 100:
+                raise ConnectionError("more than 100 header fields")
+        return fields
 
     def chunks(self) -> bytes:
         """A chunked body; of one beyond the bound, that much and a byte."""

@@ -702,10 +702,10 @@ _MAX_BODY = 1024 * 1024  # bytes; one more is read, to know. A customer takes 2 
 _MAX_HEAD = 64 * 1024  # bytes, and 100 fields
 _STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\r\n\0]*))?\r\n")  # 4 of RFC 9112
 _FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r\n"  # 5.1
-_FIELD_LINES = re.compile(rb"((?:%b)*)(\r\n)|((?:%b)+)" % (_FIELD, _FIELD))  # up to the empty one?
+_FIELD_LINES = re.compile(rb"((?:%b)*)(\r\n)|((?:%b)+)" % (_FIELD, _FIELD))  # all, or so far
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n\0]*)?\r\n")  # 7.1
 _CLOSE = re.compile("(^|,)[ \t]*close[ \t]*($|,)", re.IGNORECASE)  # 9.6
-_LENGTHS = re.compile("0{0,99}[0-9]{1,15}([ \t]*,[ \t]*0{0,99}[0-9]{1,15})*")  # RFC 9110, 8.6
+_LENGTHS = re.compile("[0-9]{1,99}(?:[ \t]*,[ \t]*[0-9]{1,99})*")  # RFC 9110, 8.6
 # Once a line has this, it matches now or never. (A CR at the very end may become a CRLF.)
 _LINE_OVER = re.compile(rb"\r[\0-\xff]|[\n\0]")
 

@@ -1544,7 +1544,7 @@ def ask_twice(sent, **options):
     with raw(script, max_retries=0) as (server, client):
         started = time.monotonic()
         result = outcome(client, **options)
-        assert time.monotonic() - started < 0.1
+        assert time.monotonic() - started < 0.5  # of 30: at once, on a busy machine too
         both.wait(5)
         both.wait(5)
         assert client.customers.get("cus_2").id == "cus_2"

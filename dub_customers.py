@@ -1,69 +1,120 @@
 # SPDX-License-Identifier: 0BSD
-"""Retrieve a customer from the Dub API as a typed object: one file, standard library only.
+"""Retrieve a customer from the Dub API as a typed object: one file, for Python 3.8 and up.
 
-    from dub_customers import Dub
+    from dub_customers import Dub, DubError, NotFound
 
-    with Dub() as client:  # the key is in DUB_API_KEY
-        print(client.customers.get("ext_42", include_expanded_fields=True))
+    with Dub() as client:  # reads the API key from the environment variable DUB_API_KEY
+        try:
+            print(client.customers.get("ext_42", include_expanded_fields=True))
+        except NotFound:
+            print("there is no such customer")
+        except DubError as error:  # the base class of every error a call raises
+            print("no answer from Dub:", error)
 
-Origin: the project dub_customers, version below. A copy stands alone, and is replaced whole.
-The API's own reference: https://dub.co/docs/api-reference/endpoint/retrieve-a-customer
+API reference: https://dub.co/docs/api-reference/endpoint/retrieve-a-customer
+To update a copy of this file (project dub_customers), replace the whole file.
 """
 
-from __future__ import annotations  # X | None on 3.8; public hints are Optional, for get_type_hints
+from __future__ import annotations
 
-__version__ = "1.1.0"
-
+import base64
 import calendar
 import collections.abc
-import email.message
-import email.utils
+import contextlib
+import io
 import json
+import logging
 import math
 import os
 import random
 import re
 import socket
+import ssl
 import sys
 import time
-import urllib.request
 import warnings
+from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Optional, TypedDict, Union
-from urllib.parse import SplitResult, quote, urlsplit
+from email.message import Message
+from email.utils import parsedate_to_datetime
+from typing import Any, Callable, Mapping, NamedTuple, Optional, TypedDict, TypeVar, Union
+from urllib.parse import SplitResult, quote, unquote, urlsplit
+from urllib.request import BaseHandler, OpenerDirector, Request, getproxies, proxy_bypass
+from urllib.response import addinfourl
 
-try:
-    import ssl
-except ImportError:  # a Python built without it: http works, https is an error that says so
-    if TYPE_CHECKING:  # to a type checker, ssl is always the module
-        raise
-    ssl = None
+__version__ = "1.2.0"
+
+__all__ = [
+    "APIError", "BadRequest", "Conflict", "Customer", "Customers", "Discount", "Dub",
+    "DubError", "Forbidden", "GetCustomerRequest", "InternalServerError", "InviteExpired",
+    "Link", "NoResponseError", "NotFound", "Partner", "RateLimitExceeded", "RequestTimeout",
+    "ResponseValidationError", "Unauthorized", "UnprocessableEntity",
+]  # fmt: skip
+
+# Each retry waits a random time up to a limit, which doubles. A random extra is also added to
+# Retry-After, so that clients do not all return at the same moment.
+_FIRST_BACKOFF_SECONDS = 0.5
+_MAX_BACKOFF_SECONDS = 8
+_MAX_RETRY_AFTER_SPREAD_SECONDS = 4
+# Connect timeout for each resolved address but the last, so that broken IPv6 cannot use up
+# all the time.
+_MAX_CONNECT_SECONDS = 3
+# Firewalls silently drop connections that are idle for minutes.
+_MAX_IDLE_SECONDS = 60
+# The default upper limit on the threads of a ThreadPoolExecutor.
+_MAX_IDLE_CONNECTIONS = 32
+_MAX_RESPONSE_BYTES = 1024 * 1024  # a customer takes 2 to 100 kB
+
+# What a socket raises when an operation times out. With a timeout of 0, because the deadline
+# has passed, it is one of the last three.
+_TIMEOUTS = (
+    TimeoutError,
+    socket.timeout,  # an alias of TimeoutError since Python 3.10
+    BlockingIOError,
+    ssl.SSLWantReadError,
+    ssl.SSLWantWriteError,
+)
 
 
-# --- errors: what can go wrong, by status ---
+# --- Errors ---------------------------------------------------------------------------------------
 class DubError(Exception):
-    """Base of every error a call raises, except misuse (TypeError, ValueError, RuntimeError)."""
-
-
-@dataclass(eq=False)
-class APIError(DubError):
-    """The server responded with a status other than 2xx, which alone chooses the subclass.
-
-    code, message, doc_url: the server's words (https://dub.co/docs/api-reference/errors), or None.
-        Without one of its own, the message is the reason and the first words of the body.
-    headers: an email.message.Message, with names in upper or lower case. body: at most 1 MiB.
-    """
-
-    message: str = ""
-    status_code: int = 0
-    code: Optional[str] = None
-    doc_url: Optional[str] = None
-    headers: Mapping[str, str] = field(default_factory=lambda: {}, repr=False)  # dict: untyped
-    body: bytes = field(default=b"", repr=False)
+    """Base class of the errors a call raises, except TypeError, ValueError and RuntimeError."""
 
     def __str__(self) -> str:
-        code = f" {self.code}" if self.code else ""
-        return _one_line(f"{self.status_code}{code}: {self.message}", 300)
+        return _one_line(super().__str__())
+
+
+class APIError(DubError):
+    """The status of the response was not 2xx. The status determines the subclass.
+
+    status_code: the HTTP status. One without a subclass, such as 502, raises APIError itself.
+    code, message, doc_url: see https://dub.co/docs/api-reference/errors. Without a message
+        from Dub, `message` is the start of the body. `code` and `doc_url` may be None.
+    headers: an `email.message.Message`. body: the content of the response.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        status_code: int = 0,
+        code: Optional[str] = None,
+        doc_url: Optional[str] = None,
+        headers: Optional[Message] = None,
+        body: bytes = b"",
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status_code = status_code
+        self.code = code
+        self.doc_url = doc_url
+        self.headers = headers or Message()
+        self.body = body
+
+    def __str__(self) -> str:
+        status = str(self.status_code)
+        if self.code:
+            status += " " + self.code
+        return _one_line(f"{status}: {self.message}")
 
 
 class BadRequest(APIError):
@@ -71,19 +122,19 @@ class BadRequest(APIError):
 
 
 class Unauthorized(APIError):
-    """401: the API key is missing or not valid."""
+    """401: the API key is missing or invalid."""
 
 
 class Forbidden(APIError):
-    """403: the key or the plan does not allow it; codes `forbidden` and `exceeded_limit`."""
+    """403: the API key lacks permission, or the plan is below Business."""
 
 
 class NotFound(APIError):
-    """404: no such customer or workspace; `code` None: not from the API, check `server_url`."""
+    """404: no such customer. If `code` is None, it did not come from Dub: check `server_url`."""
 
 
 class Conflict(APIError):
-    """409: codes `conflict` and `invite_pending`."""
+    """409: `code` is "conflict" or "invite_pending"."""
 
 
 class InviteExpired(APIError):
@@ -91,17 +142,13 @@ class InviteExpired(APIError):
 
 
 class UnprocessableEntity(APIError):
-    """422: Dub found its own response at odds with its schema; rarely the request."""
+    """422: Dub sends this when its own response fails validation (see Dub's source)."""
 
 
-@dataclass(eq=False)
 class RateLimitExceeded(APIError):
-    """429. `retry_after`: seconds until the rate window ends, which is no promise, or None."""
+    """429. `retry_after`: seconds to wait, from the arrival of the response, or None."""
 
-    retry_after: Optional[float] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.retry_after = _retry_after(self.headers)
+    retry_after: Optional[float] = None
 
 
 class InternalServerError(APIError):
@@ -109,25 +156,81 @@ class InternalServerError(APIError):
 
 
 class NoResponseError(DubError):
-    """No whole response, for want of a connection, TLS, a proxy or an end: see the message."""
+    """No complete, valid response: the network, TLS or a proxy failed. See `__cause__`."""
 
 
 class RequestTimeout(NoResponseError, TimeoutError):
-    """`timeout_ms` ran out. The traceback of `__cause__` shows what was under way."""
+    """The call took longer than `timeout_ms`. (Status 408 is a plain APIError.)"""
 
 
 class ResponseValidationError(DubError):
-    """A 2xx response is not the customer promised. The message says where; `body` is its bytes."""
+    """The response has status 2xx, but its content (`body`) is not a valid customer."""
 
     def __init__(self, message: str = "", *, body: bytes = b"") -> None:
         super().__init__(message)
         self.body = body
 
 
-# --- models: JSON to dataclass, by hand, one line per field ---
+# --- Models ---------------------------------------------------------------------------------------
+_JSON_NAMES: dict[type, str] = {
+    str: "string",
+    int: "number",
+    float: "number",
+    bool: "boolean",
+    dict: "object",
+    list: "array",
+    type(None): "null",
+}
+_Model = TypeVar("_Model", "Link", "Partner", "Discount")
+
+
+class _JsonObject:
+    """A decoded JSON object. Checks the type of each field on access."""
+
+    def __init__(self, data: Any, path: str) -> None:
+        if not isinstance(data, dict):
+            raise _mismatch(path, "object", data)
+        self._data: dict[str, Any] = data
+        self._path = path
+
+    def string(self, key: str) -> str:
+        value = self._data.get(key)
+        if isinstance(value, str):
+            return value
+        raise _mismatch(f"{self._path}.{key}", "string", value)
+
+    def optional_string(self, key: str) -> Optional[str]:
+        value = self._data.get(key)
+        if value is None or isinstance(value, str):
+            return value
+        raise _mismatch(f"{self._path}.{key}", "string", value)
+
+    def number(self, key: str) -> float:
+        value: Any = self._data.get(key)  # For type checkers, float includes int.
+        # type() rather than isinstance(), because True is an instance of int. NaN and
+        # Infinity, which json.loads() accepts, are not valid JSON numbers.
+        if type(value) in (int, float) and abs(value) < math.inf:
+            return value  # type: ignore[no-any-return]
+        raise _mismatch(f"{self._path}.{key}", "number", value)
+
+    def optional_number(self, key: str) -> Optional[float]:
+        return None if self._data.get(key) is None else self.number(key)
+
+    def optional_object(self, key: str, model: type[_Model]) -> Optional[_Model]:
+        value = self._data.get(key)
+        return None if value is None else model.from_json(value, f"{self._path}.{key}")
+
+
+def _mismatch(path: str, expected: str, value: object) -> ResponseValidationError:
+    got = _JSON_NAMES.get(type(value), type(value).__name__)
+    if got == expected:  # NaN or Infinity, whose type is a number's
+        got = str(value)
+    return ResponseValidationError(f"{path}: expected {expected}, got {got}")
+
+
 @dataclass(frozen=True)
 class Link:
-    """The short link that brought the customer."""
+    """The short link that the customer came from."""
 
     id: str
     domain: str
@@ -138,15 +241,15 @@ class Link:
 
     @classmethod
     def from_json(cls, data: Any, path: str = "link") -> Link:
-        """Map decoded JSON; `path` is its name in a ResponseValidationError."""
-        get = _getter(data, path)
+        """Convert decoded JSON. `path` names this object in a ResponseValidationError."""
+        fields = _JsonObject(data, path)
         return cls(
-            id=get("id", str),
-            domain=get("domain", str),
-            key=get("key", str),
-            short_link=get("shortLink", str),
-            url=get("url", str),
-            program_id=get("programId", str, None),
+            id=fields.string("id"),
+            domain=fields.string("domain"),
+            key=fields.string("key"),
+            short_link=fields.string("shortLink"),
+            url=fields.string("url"),
+            program_id=fields.optional_string("programId"),
         )
 
 
@@ -161,53 +264,57 @@ class Partner:
 
     @classmethod
     def from_json(cls, data: Any, path: str = "partner") -> Partner:
-        """Map decoded JSON; `path` is its name in a ResponseValidationError."""
-        get = _getter(data, path)
+        """Convert decoded JSON. `path` names this object in a ResponseValidationError."""
+        fields = _JsonObject(data, path)
         return cls(
-            id=get("id", str),
-            name=get("name", str),
-            email=get("email", str, None),
-            image=get("image", str, None),
+            id=fields.string("id"),
+            name=fields.string("name"),
+            email=fields.optional_string("email"),
+            image=fields.optional_string("image"),
         )
 
 
 @dataclass(frozen=True)
 class Discount:
-    """The customer's discount: `amount` per cent or cents, depending on `type` ("percentage" or
-    "flat" so far), for `max_duration` months; 0 means once, None for ever."""
+    """The customer's discount.
+
+    `amount` is a percentage if `type` is "percentage", and in cents if it is "flat". The
+    discount applies for `max_duration` months: 0 means once, None means forever.
+    """
 
     id: str
-    amount: Union[int, float]
+    amount: float
     type: str
-    max_duration: Union[int, float, None] = None
+    max_duration: Optional[float] = None
     description: Optional[str] = None
     coupon_id: Optional[str] = None
     coupon_test_id: Optional[str] = None
-    partners_count: Union[int, float, None] = None
+    partners_count: Optional[float] = None
 
     @classmethod
     def from_json(cls, data: Any, path: str = "discount") -> Discount:
-        """Map decoded JSON; `path` is its name in a ResponseValidationError."""
-        get = _getter(data, path)
+        """Convert decoded JSON. `path` names this object in a ResponseValidationError."""
+        fields = _JsonObject(data, path)
         return cls(
-            id=get("id", str),
-            amount=get("amount", int, float),
-            type=get("type", str),
-            max_duration=get("maxDuration", int, float, None),
-            description=get("description", str, None),
-            coupon_id=get("couponId", str, None),
-            coupon_test_id=get("couponTestId", str, None),
-            partners_count=get("partnersCount", int, float, None),
+            id=fields.string("id"),
+            amount=fields.number("amount"),
+            type=fields.string("type"),
+            max_duration=fields.optional_number("maxDuration"),
+            description=fields.optional_string("description"),
+            coupon_id=fields.optional_string("couponId"),
+            coupon_test_id=fields.optional_string("couponTestId"),
+            partners_count=fields.optional_number("partnersCount"),
         )
 
 
 @dataclass(frozen=True)
 class Customer:
-    """A customer. What the server sent as null or left out is None.
+    """A customer. A field that the server sent as null, or did not send, is None.
 
-    `sale_amount` is in cents; times (`..._at`) are ISO 8601 strings in UTC. `link`, `program_id`,
-    `partner` and `discount` come with `include_expanded_fields`. A customer without a name gets a
-    new random one in each response. `raw` is the decoded JSON; `==`, `hash`, `repr` leave it out.
+    `sale_amount` is in cents. Times are ISO 8601 strings in UTC. If a customer has no name,
+    `name` is the email address, or else a random name that differs in each response.
+    `link`, `program_id`, `partner` and `discount` need `include_expanded_fields=True`.
+    `raw` is the decoded JSON object, with any fields that this version does not know.
     """
 
     id: str
@@ -218,83 +325,130 @@ class Customer:
     avatar: Optional[str] = None
     stripe_customer_id: Optional[str] = None
     country: Optional[str] = None
-    sales: Union[int, float, None] = None
-    sale_amount: Union[int, float, None] = None
+    sales: Optional[float] = None
+    sale_amount: Optional[float] = None
     first_sale_at: Optional[str] = None
     subscription_canceled_at: Optional[str] = None
     link: Optional[Link] = None
     program_id: Optional[str] = None
     partner: Optional[Partner] = None
     discount: Optional[Discount] = None
+    # For pyright, `dict` alone has unknown types.
     raw: Mapping[str, Any] = field(default_factory=lambda: {}, repr=False, compare=False)
 
     @classmethod
     def from_json(cls, data: Any, path: str = "customer") -> Customer:
-        """Map decoded JSON; `path` is its name in a ResponseValidationError."""
-        get = _getter(data, path)
+        """Convert decoded JSON. `path` names this object in a ResponseValidationError."""
+        fields = _JsonObject(data, path)
         return cls(
-            id=get("id", str),
-            external_id=get("externalId", str),
-            created_at=get("createdAt", str),
-            name=get("name", str, None),
-            email=get("email", str, None),
-            avatar=get("avatar", str, None),
-            stripe_customer_id=get("stripeCustomerId", str, None),
-            country=get("country", str, None),
-            sales=get("sales", int, float, None),
-            sale_amount=get("saleAmount", int, float, None),
-            first_sale_at=get("firstSaleAt", str, None),
-            subscription_canceled_at=get("subscriptionCanceledAt", str, None),
-            link=get("link", Link, None),
-            program_id=get("programId", str, None),
-            partner=get("partner", Partner, None),
-            discount=get("discount", Discount, None),
+            id=fields.string("id"),
+            external_id=fields.string("externalId"),
+            created_at=fields.string("createdAt"),
+            name=fields.optional_string("name"),
+            email=fields.optional_string("email"),
+            avatar=fields.optional_string("avatar"),
+            stripe_customer_id=fields.optional_string("stripeCustomerId"),
+            country=fields.optional_string("country"),
+            sales=fields.optional_number("sales"),
+            sale_amount=fields.optional_number("saleAmount"),
+            first_sale_at=fields.optional_string("firstSaleAt"),
+            subscription_canceled_at=fields.optional_string("subscriptionCanceledAt"),
+            link=fields.optional_object("link", Link),
+            program_id=fields.optional_string("programId"),
+            partner=fields.optional_object("partner", Partner),
+            discount=fields.optional_object("discount", Discount),
             raw=data,
         )
 
 
-_JSON_NAMES: dict[Any, str] = {str: "string", int: "number", float: "number", bool: "boolean"}
-_JSON_NAMES.update({dict: "object", list: "array", type(None): "null"})
-
-
-def _getter(data: Any, path: str) -> Callable[..., Any]:
-    """A function that gets a field of a decoded object, if it is one of the kinds given."""
-    name = _JSON_NAMES.get(data.__class__, data.__class__.__name__)
-    if name != "object":
-        raise ResponseValidationError(f"{path}: expected object, got {name}")
-
-    def get(key: str, *kinds: Any) -> Any:
-        value: Any = data.get(key)
-        kind = value.__class__  # compared exactly, since to Python true is an int
-        if kind in kinds and (kind is not float or math.isfinite(value)):
-            return value
-        if value is None and None in kinds:
-            return None
-        if kinds[0] not in _JSON_NAMES:  # a model
-            return kinds[0].from_json(value, f"{path}.{key}")
-        got = _JSON_NAMES.get(kind, kind.__name__) if key in data else "nothing"
-        got = str(value) if kind in kinds else got  # nan or inf, for which JSON has no name
-        raise ResponseValidationError(f"{path}.{key}: expected {_JSON_NAMES[kinds[0]]}, got {got}")
-
-    return get
-
-
-# --- Dub, Customers: what users touch ---
-class _IdOfRequest(TypedDict):
+# --- Client ---------------------------------------------------------------------------------------
+class _RequiredKeys(TypedDict):  # typing.Required needs Python 3.11
     id: str
 
 
-class GetCustomerRequest(_IdOfRequest, total=False):
-    """What `customers.get(request=...)` takes: `id`, and maybe `include_expanded_fields`."""
+class GetCustomerRequest(_RequiredKeys, total=False):
+    """The `request` of `customers.get`. `include_expanded_fields` may be left out."""
 
     include_expanded_fields: Optional[bool]
 
 
-class Customers:
-    """The customers of a workspace: reached as `Dub(...).customers`."""
+class Dub:
+    """A client for the Dub API: `client.customers.get(...)` retrieves a customer.
 
-    def __init__(self, transport: _Transport) -> None:
-        self._transport = transport
+    token: an API key, or a function that returns one and is called before each request.
+        If it is None, the key is read from the environment variable DUB_API_KEY.
+    server_url: http(s)://host[:port][/path]. Plain http to another host emits a warning.
+    timeout_ms: the longest that a call may take, in milliseconds, retries included. It
+        cannot interrupt name resolution, a token function, or a TLS handshake in which the
+        server keeps sending.
+    max_retries: how many times a failed request may be sent again.
+    ssl_context: used in place of `ssl.create_default_context()`.
+
+    Raises TypeError or ValueError if an argument is invalid. A proxy is looked up when the
+    client is made, the way urllib does: in the environment (`https_proxy`) or the system's
+    settings.
+
+    Threads can share a client. It can be used after a fork. A pickle contains the token; a
+    client with an `ssl_context` cannot be pickled. `close()` or the end of `with` closes its
+    connections.
+    """
+
+    def __init__(
+        self,
+        token: Union[str, Callable[[], str], None] = None,
+        *,
+        server_url: str = "https://api.dub.co",
+        timeout_ms: float = 30_000,
+        max_retries: int = 2,
+        ssl_context: Optional[ssl.SSLContext] = None,
+    ) -> None:
+        if token is None:
+            if "DUB_API_KEY" not in os.environ:
+                raise ValueError("no API key: set it with `export DUB_API_KEY=dub_xxx`")
+            token = _checked_token("DUB_API_KEY", os.environ["DUB_API_KEY"])
+        elif not callable(token):
+            token = _checked_token("token", token)
+        server = _split_server_url(server_url)
+        if server.scheme == "http" and not _is_loopback(server.hostname):
+            warnings.warn(f"the API key is sent to {server.netloc} unencrypted", stacklevel=2)
+        _check_limits(timeout_ms, max_retries)
+        _check_type("ssl_context", ssl_context, ssl.SSLContext, type(None))
+        self._token = token
+        self._server_url = server.geturl()
+        self._timeout_ms = timeout_ms
+        self._max_retries = max_retries
+        self._handler = _KeepAliveHandler(server, ssl_context)
+        # Going through urllib's opener lets OpenTelemetry and the like see the requests. There
+        # is no handler for redirects: following one would send the token to another host.
+        self._opener = OpenerDirector()
+        self._opener.add_handler(self._handler)
+        # Break the reference cycle that add_handler() made, so that dropping the client closes
+        # its connections and frees its SSLContext at once. Only urllib's handlers use parent.
+        del self._handler.parent
+
+    @property
+    def customers(self) -> Customers:
+        """The customers of the workspace: call `client.customers.get(...)`."""
+        return Customers(self)
+
+    def close(self) -> None:
+        """Close the connections. Calls in progress finish; later ones raise RuntimeError."""
+        self._handler.close()
+
+    def __enter__(self) -> Dub:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+# Customers uses private attributes of Dub.
+# pyright: reportPrivateUsage=false
+class Customers:
+    """The customers of a workspace. Use it as `Dub(...).customers`."""
+
+    def __init__(self, client: Dub) -> None:
+        self._client = client
 
     def get(
         self,
@@ -308,688 +462,731 @@ class Customers:
     ) -> Customer:
         """Retrieve a customer.
 
-        id: the customer's id on Dub (`cus_...`), or `ext_` followed by its externalId.
-        include_expanded_fields: adds `link`, `program_id`, `partner` and `discount`, if true.
-        request: the two above as one mapping, in place of them.
-        timeout_ms, max_retries: for this call, in place of the client's.
-        http_headers: sent as well, or in place of the client's of the same name.
+        id: the customer's id on Dub (`cus_...`), or `ext_` followed by its external id.
+        include_expanded_fields: adds `link`, `program_id`, `partner` and `discount`.
+        request: the two arguments above in one mapping, as the official SDK takes them.
+        timeout_ms, max_retries: override those of the client.
+        http_headers: extra headers, which override the client's own.
 
-        Raises a DubError; TypeError or ValueError for bad options, before any request is made;
-        RuntimeError once the client is closed; and what a token callable raises.
+        Raises a DubError: an APIError (NotFound, RateLimitExceeded, ...) if the server sends
+        an error, a NoResponseError if there is no response (RequestTimeout if it takes too
+        long), or a ResponseValidationError if the response is not a customer. Raises
+        TypeError or ValueError for an invalid argument, RuntimeError if the client is
+        closed, and whatever a token function raises.
         """
-        if request is not None:
-            if id is not None or include_expanded_fields is not None:
-                raise TypeError("get() takes id and include_expanded_fields, or request, not both")
-            id, include_expanded_fields = _unpack_request(**request)
-        timeout_ms = self._transport.timeout_ms if timeout_ms is None else timeout_ms
-        max_retries = self._transport.max_retries if max_retries is None else max_retries
+        client = self._client
+        path = _customer_path(id, include_expanded_fields, request)
+        headers = _checked_headers(http_headers or {})
+        timeout_ms = client._timeout_ms if timeout_ms is None else timeout_ms
+        max_retries = client._max_retries if max_retries is None else max_retries
         _check_limits(timeout_ms, max_retries)
-        url = self._transport.server_url + _customer_path(id, include_expanded_fields)
-        headers = {} if http_headers is None else _checked_headers(http_headers)
-        return self._transport.get(_Request(url, headers, timeout_ms), max_retries)
+        if client._handler.closed:
+            raise RuntimeError("the client is closed")
+        deadline = time.monotonic() + timeout_ms / 1000
+        retries_left = max_retries
+        backoff = _FIRST_BACKOFF_SECONDS
+        while True:
+            token = client._token
+            if callable(token):
+                token = _checked_token("token()", token())
+            all_headers = {**_HEADERS, "Authorization": "Bearer " + token, **headers}
+            # Request() normalizes the case of names, so the caller's headers override ours.
+            http_request = Request(client._server_url + path, headers=all_headers)
+            try:
+                return _parse_response(self._send(http_request, timeout_ms, deadline))
+            except (APIError, NoResponseError) as error:
+                delay = _retry_delay(error, backoff, deadline)
+                if delay is None or retries_left == 0:
+                    raise
+            time.sleep(delay)
+            retries_left -= 1
+            backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
+
+    def _send(self, request: Request, timeout_ms: float, deadline: float) -> addinfourl:
+        """Send a request once, and log it. Raises NoResponseError."""
+        started = time.monotonic()
+        outcome = "interrupted"
+        try:
+            response: addinfourl = self._client._opener.open(request, timeout=deadline - started)
+            outcome = str(response.code)
+            return response
+        except OSError as error:
+            outcome = str(error)
+            message = f"no valid response from {self._client._handler.route}"
+            if isinstance(error, _TIMEOUTS):
+                raise RequestTimeout(f"{message} in time (timeout_ms={timeout_ms})") from error
+            message += f": {error}"
+            if isinstance(error, ssl.SSLCertVerificationError):
+                message += "; use SSL_CERT_FILE or ssl_context to trust another authority"
+            raise NoResponseError(message) from error
+        finally:
+            milliseconds = (time.monotonic() - started) * 1000
+            logger = logging.getLogger(__name__)
+            logger.debug("GET %s: %s, %.1f ms", request.selector, outcome, milliseconds)
 
 
-class Dub:
-    """A client of the Dub API. Threads may share it; it survives fork and pickle.
-
-    token: an API key, or a callable asked for one before each try. None reads DUB_API_KEY at once.
-    server_url: http(s)://host[:port][/path]; plain http beyond this machine warns: all can read it.
-    timeout_ms: the longest a `get` may take in milliseconds, waits and retries included. Only name
-        resolution, a token callable and OpenSSL amid a flooded handshake cannot be interrupted.
-    max_retries: how many times a failed request may be sent again.
-    ssl_context: in place of `ssl.create_default_context()`; a client with one cannot be pickled.
-
-    Raises TypeError or ValueError for bad options. The proxy is the environment's, which
-    urllib.request reads at once (no_proxy at each call). Leaving `with` closes the connections.
-    """
-
-    def __init__(
-        self,
-        token: Union[str, Callable[[], str], None] = None,
-        *,
-        server_url: str = "https://api.dub.co",
-        timeout_ms: float = 30_000,
-        max_retries: int = 2,
-        ssl_context: Optional[ssl.SSLContext] = None,
-    ) -> None:
-        source = "DUB_API_KEY" if token is None else "token"
-        token = os.environ.get("DUB_API_KEY") if token is None else token
-        if token is None:
-            raise ValueError("no token: give token=... or set DUB_API_KEY")
-        if not callable(token):
-            token = _checked_token(token, source)
-        _check_limits(timeout_ms, max_retries)
-        if ssl_context is not None:
-            _typed(ssl_context, "ssl_context", ssl.SSLContext)
-        url = _typed(server_url, "server_url", str).rstrip("/")
-        server = _split_url(url, "http", "https")
-        if server is None or "@" in server.netloc or re.search(r'[?#"<>\\^`{|}]', url):
-            raise ValueError("server_url: expected http(s)://host[:port][/path], and nothing else")
-        loopback = re.fullmatch(r"localhost|::1|127(\.[0-9]+){3}", str(server.hostname))
-        if server.scheme == "http" and not loopback:
-            warnings.warn(f"the token goes to {server.netloc} in clear: use https", stacklevel=2)
-        self._transport = _Transport(token, url, timeout_ms, max_retries, ssl_context)
-        self.customers = Customers(self._transport)
-
-    def close(self) -> None:
-        """Close the connections, those in use after their call. A later `get`: RuntimeError."""
-        self._transport.connections.close()
-
-    def __enter__(self) -> Dub:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return repr(self._transport).replace("_Transport", "Dub", 1)
+# --- Everything below is private ------------------------------------------------------------------
+#
+# The path of a call:
+#   Customers.get                 checks the arguments; makes a Request; retries
+#   Customers._send               sends it once; logs it; raises NoResponseError
+#   OpenerDirector.open           urllib's; calls http_open or https_open of its handler
+#   _KeepAliveHandler.http_open   takes an idle connection or makes a new one
+#   _Connection.exchange          sends the request, reads the response
+# Then Customers.get calls _parse_response, which makes a Customer or an error.
 
 
-# --- below: how it is done. The request: id to path, options to headers ---
-# Capitalized as urllib's Request does it, so that a user's of the same name replace them.
-_HEADERS = {"Accept": "application/json", "Accept-encoding": "identity"}
-_HEADERS["User-agent"] = "dub_customers/{} Python/{}.{}".format(__version__, *sys.version_info[:2])
-_RETRIED_STATUSES = (429, 500, 502, 503, 504)  # the server's, or a proxy's to CONNECT
+# --- Arguments ------------------------------------------------------------------------------------
+_HEADERS = {
+    "Accept": "application/json",
+    "Accept-Encoding": "identity",
+    "User-Agent": f"dub_customers/{__version__} (Python)",
+}
+# Headers that would change where the request ends, or are meant for a proxy.
+_RESERVED_HEADERS = ("connection", "content-length", "transfer-encoding", "proxy-authorization")
+_HEADER_NAME = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # such as Content-Type
+_HEADER_VALUE = r"[\t -~\x80-\xff]*"  # no control characters but the tab
 
 
-def _typed(value: Any, name: str, *kinds: type) -> Any:
-    """The value, if of these types. A str comes back plain: an enum would format as Key.PROD."""
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        expected = " or ".join(kind.__name__ for kind in kinds)
+def _check_type(name: str, value: Any, *types: type) -> None:
+    # Reject bool where int is expected: it is a subclass.
+    is_unexpected_bool = isinstance(value, bool) and bool not in types
+    if is_unexpected_bool or not isinstance(value, types):
+        expected = " or ".join(each.__name__ for each in types)
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-    return str.__str__(value) if isinstance(value, str) else value
 
 
-def _unpack_request(*, id: str, include_expanded_fields: Any = None) -> tuple[str, Any]:
-    return id, include_expanded_fields  # Python itself refuses other keys
+def _checked_token(name: str, token: str) -> str:
+    _check_type(name, token, str)
+    if not re.fullmatch("[!-~]+", token):  # visible ASCII
+        raise ValueError(
+            f"{name} is empty or contains a space, a line break or a non-ASCII character"
+        )
+    return token
 
 
-def _customer_path(id: Any, include_expanded_fields: Any) -> str:
-    """The path and query of `GET /customers/{id}`, the id as one segment that decodes to itself."""
-    id = _typed(id, "id", str)
-    # Dots are steps in a path, however encoded. ext_ alone is likely an empty variable.
-    if id in ("", ".", "..", "ext_"):
-        raise ValueError(f"id: expected cus_... or ext_ and an externalId, got {id!r}")
-    segment = quote(id, safe="")  # a ValueError for lone surrogates
-    # Before it decodes, Dub's Next.js cuts off .rsc, and knows pages of these names: hide them.
-    if segment.endswith(".rsc"):
-        segment = segment[:-4] + "%2Ersc"
-    elif segment in ("count", "export", "search-stripe"):
-        segment = f"%{ord(segment[0]):X}{segment[1:]}"
-    if include_expanded_fields is None:
-        return f"/customers/{segment}"
-    expand = str(_typed(include_expanded_fields, "include_expanded_fields", bool)).lower()
-    return f"/customers/{segment}?includeExpandedFields={expand}"
-
-
-def _checked_token(token: object, source: str) -> str:
-    """The token, if a header can carry it; else an error that says why, and never shows it."""
-    text: str = _typed(token, source, str)
-    if odd := re.search("[^!-~]", text):
-        where = f"{odd[0]!a} at position {odd.start()} of {len(text)}"
-        raise ValueError(f"{source} has {where}: a token is printable ASCII without spaces")
-    if not text:
-        raise ValueError(f"{source} is empty")
-    return text
-
-
-def _checked_headers(http_headers: Mapping[str, str]) -> dict[str, str]:
-    """The same headers in plain str, if a request can carry them."""
-    checked: dict[str, str] = {}
-    for name, value in _typed(http_headers, "http_headers", collections.abc.Mapping).items():
-        name, value = _typed(name, "http_headers", str), _typed(value, "http_headers", str)
-        if not re.fullmatch("[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-            raise ValueError("http_headers: one of the names is no name of a header")
-        if name.lower() in ("content-length", "transfer-encoding", "proxy-authorization"):
-            raise ValueError(f"http_headers: {name} has no place in a GET to the server")
-        if not re.fullmatch("[\t -~\x80-\xff]*", value):
-            raise ValueError(f"http_headers: {name} has a line break or what is not Latin-1 text")
-        checked[name] = value
-    return checked
-
-
-def _check_limits(timeout_ms: object, max_retries: object) -> None:
-    if not 0 < _typed(timeout_ms, "timeout_ms", int, float) <= 2**31 - 1:  # poll(2)'s C int
+def _check_limits(timeout_ms: Any, max_retries: Any) -> None:
+    _check_type("timeout_ms", timeout_ms, int, float)
+    if not 0 < timeout_ms < 2**31:  # poll() takes milliseconds as a C int
         raise ValueError("timeout_ms: expected more than 0 and less than 2**31")
-    if _typed(max_retries, "max_retries", int) < 0:
+    _check_type("max_retries", max_retries, int)
+    if max_retries < 0:
         raise ValueError("max_retries: expected 0 or more")
 
 
-def _split_url(url: str, *schemes: str) -> SplitResult | None:
-    """The parts of a URL with a sane host and port, else None: an error would show its password."""
+def _checked_headers(http_headers: Mapping[str, str]) -> dict[str, str]:
+    _check_type("http_headers", http_headers, collections.abc.Mapping)
+    headers = dict(http_headers)
+    for name, value in headers.items():
+        _check_type(f"http_headers: the name {name!r}", name, str)
+        _check_type(f"http_headers: the value of {name!r}", value, str)
+        if not re.fullmatch(_HEADER_NAME, name) or name.lower() in _RESERVED_HEADERS:
+            raise ValueError(f"http_headers: {name!r} is invalid or reserved")
+        if not re.fullmatch(_HEADER_VALUE, value):
+            raise ValueError(f"http_headers: {name} has a control character or is not Latin-1")
+    return headers
+
+
+def _customer_path(id: Any, include_expanded_fields: Any, request: Any) -> str:
+    if request is not None:
+        if id is not None or include_expanded_fields is not None:
+            raise TypeError("pass either request, or id and include_expanded_fields")
+        _check_type("request", request, collections.abc.Mapping)
+        for key in request:
+            if key not in ("id", "include_expanded_fields"):
+                raise TypeError(f"request: unexpected key {key!r}")
+        id = request.get("id")
+        include_expanded_fields = request.get("include_expanded_fields")
+    _check_type("id", id, str)
+    # Servers resolve "." and "..", even when percent-encoded. "ext_" alone probably means an
+    # empty variable. Lone surrogates cannot be encoded.
+    if id in ("", ".", "..", "ext_") or re.search("[\ud800-\udfff]", id):
+        raise ValueError(f"id: expected cus_... or ext_... in valid Unicode, got {id[:99]!r}")
+    # Dots are encoded too, because Dub's server (Next.js) would strip ".rsc" from the end.
+    path = "/customers/" + quote(id, safe="").replace(".", "%2E")
+    if include_expanded_fields is not None:
+        _check_type("include_expanded_fields", include_expanded_fields, bool)
+        value = str(include_expanded_fields).lower()
+        path += f"?includeExpandedFields={value}"
+    return path
+
+
+def _split_server_url(server_url: Any) -> SplitResult:
+    _check_type("server_url", server_url, str)
+    parts = _split_url(server_url.rstrip("/"))
+    if parts and parts.scheme in ("http", "https") and "@" not in parts.netloc:
+        return parts
+    message = "server_url: expected http(s)://host[:port][/path]"
+    if "@" not in server_url:  # A URL with "@" may hold a password.
+        message += f", got {server_url[:99]!r}"
+    raise ValueError(message)
+
+
+def _split_url(url: str) -> Optional[SplitResult]:
+    """Split a URL. Returns None if it is malformed, or has a query or a fragment."""
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-        if "[" in parts.netloc:
-            socket.inet_pton(socket.AF_INET6, host)
-        else:
-            host.encode("idna")  # no label is empty, or longer than 63 characters
-    except (OSError, ValueError):
+        port = parts.port  # raises ValueError if it is invalid
+    except ValueError:
         return None
-    netloc = parts.netloc.rpartition("@")[2]
-    sane = re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?", netloc)
-    fits = sane and port != 0 and parts.scheme in schemes and re.fullmatch("[!-~]+", url)
-    return parts if fits else None
-
-
-class _Request(urllib.request.Request):
-    """A GET, the time and the bytes that its call may still use, and the proxy it goes through."""
-
-    def __init__(self, url: str, http_headers: dict[str, str], timeout_ms: float) -> None:
-        super().__init__(url, headers=http_headers, origin_req_host="")  # else parsed again
-        self.proxy = ""
-        self.deadline = time.monotonic() + timeout_ms / 1000
-        self.bytes_left = 2 * 1024 * 1024
-
-    def set_proxy(self, host: str, type: str) -> None:
-        self.proxy = host  # ProxyHandler calls this; urllib's own would overwrite self.host
-
-    def seconds_left(self) -> float:
-        """The timeout of a socket's next operation. A fixed one would start anew with each byte."""
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("timed out")
-        return left
-
-    def receive(self, sock: socket.socket) -> bytes:
-        if not self.bytes_left:
-            raise ConnectionError("2 MiB received for one call, and no end")
-        sock.settimeout(self.seconds_left())
-        data = sock.recv(min(65536, self.bytes_left))
-        self.bytes_left -= len(data)
-        return data
-
-
-# --- the tries: which failures, how long to wait ---
-@dataclass
-class _Transport:
-    """Tries until there is a customer, an error not worth another try, or no time left."""
-
-    token: str | Callable[[], str] = field(repr=False)
-    server_url: str
-    timeout_ms: float
-    max_retries: int
-    ssl_context: ssl.SSLContext | None = field(repr=False)
-
-    def __post_init__(self) -> None:
-        self.connections = _Connections(self.server_url, self.ssl_context)
-        scheme = self.connections.server.scheme
-        if proxy := urllib.request.getproxies().get(scheme):
-            # urllib would send an https: proxy its password in clear, and misread an @ in a path.
-            parts = _split_url(proxy if "://" in proxy else f"http://{proxy}", "http")
-            if parts is None or "@" in parts.path or parts.query or parts.fragment:
-                raise ValueError(f"{scheme}_proxy: expected [http://][user:password@]host[:port]")
-        # No other handlers: without one for redirects, none can take the token to another host.
-        self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(urllib.request.ProxyHandler({scheme: proxy} if proxy else {}))
-        self.opener.add_handler(self.connections)
-
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        options = self.token, self.server_url, self.timeout_ms, self.max_retries, self.ssl_context
-        return _Transport, options  # the connections do not travel
-
-    def __del__(self) -> None:  # not theirs: with the opener they are a cycle, collected late
-        self.connections.close()
-
-    def get(self, request: _Request, max_retries: int) -> Customer:
-        if self.connections.closed:
-            raise RuntimeError("the client is closed")
-        token, retries = self.token, 0
-        while True:
-            # Outside the `try`: what a callable raises is its owner's business, no failed request.
-            key = _checked_token(token(), "token()") if callable(token) else token
-            # "Unredirected", so that header_items() lets a user's own win.
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
-            try:
-                return _customer(self.attempt(request))
-            except (APIError, OSError) as error:  # a NoResponseError from below is final
-                wait = _wait(error, retries, request)
-                if wait is None or retries >= max_retries:
-                    if isinstance(error, APIError):
-                        raise
-                    kind = RequestTimeout if _timed_out(error) else NoResponseError
-                    reason = _one_line(f"{type(error).__name__}: {error}", 200)
-                    raise kind(f"no response from {self.server_url}: {reason}") from error
-            time.sleep(wait)
-            retries += 1
-
-    def attempt(self, request: _Request) -> _Response:
-        started, outcome = time.monotonic(), ""
-        try:
-            response: _Response = self.opener.open(request)
-            outcome = str(response.status)
-            return response
-        finally:
-            # Importing logging takes 10 ms: who wants the line has done so, or is amid doing it.
-            if get_logger := getattr(sys.modules.get("logging"), "getLogger", None):
-                outcome = outcome or getattr(sys.exc_info()[0], "__name__", "")
-                spent = (time.monotonic() - started) * 1000
-                get_logger(__name__).debug("GET %s %s %.1f ms", request.selector, outcome, spent)
-
-
-def _wait(error: Exception, retries: int, request: _Request) -> float | None:
-    """Seconds to wait before the next try; None if there is no use, time or room for a body."""
-    if _timed_out(error):
+    name = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"  # api.dub.co
+    ipv6 = r"\[[\da-fA-F:.]+\]"  # [2001:db8::1]
+    host_and_port = parts.netloc.rpartition("@")[2]
+    if not re.fullmatch(rf"({name}|{ipv6})(:\d+)?", host_and_port):
         return None
-    left = request.deadline - time.monotonic()
-    wait = random.uniform(0, 0.5 * 2 ** min(retries, 4))  # full jitter, at most 8 seconds
+    # Reject queries, fragments and anything but visible ASCII.
+    if re.search("[?#]|[^!-~]", url):
+        return None
+    return None if port == 0 else parts
+
+
+def _is_loopback(host: Optional[str]) -> bool:
+    return bool(re.fullmatch(r"localhost|::1|127(\.[0-9]{1,3}){3}", host or ""))
+
+
+# --- Retries --------------------------------------------------------------------------------------
+def _retry_delay(error: DubError, backoff: float, deadline: float) -> Optional[float]:
+    """How many seconds to wait before the next try. None if there should be no next try."""
+    # Timeouts, certificates that are not trusted, and refusals of a proxy (open_tunnel() raises
+    # PermissionError).
+    if isinstance(error.__cause__, (*_TIMEOUTS, ssl.SSLCertVerificationError, PermissionError)):
+        return None
+    retry_after = 0.0
     if isinstance(error, APIError):
-        if error.status_code not in _RETRIED_STATUSES:
+        if error.status_code not in (408, 429, 500, 502, 503, 504):
             return None
-        told = _retry_after(error.headers) if error.status_code in (429, 503) else None
-        if told is not None:
-            # All threads are told the same moment, and would fill the next window at once: so each
-            # adds up to 4 seconds, or up to 4 in 5 of what is left then, if that is less.
-            wait = told + random.uniform(0, min(4, 0.8 * max(0, left - told)))
-    return wait if wait < left and request.bytes_left >= _MAX_BODY else None
+        if error.status_code in (429, 503):
+            retry_after = _parse_retry_after(error.headers) or 0.0
+    # The limit of the random part is the backoff, or more after Retry-After.
+    spread = max(backoff, min(retry_after, _MAX_RETRY_AFTER_SPREAD_SECONDS))
+    # Assume the longest wait, so that the decision to retry is not random.
+    if time.monotonic() + retry_after + spread >= deadline:
+        return None
+    return retry_after + random.uniform(0, spread)
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that Retry-After asks for; None if it is absent or nonsense. By RFC 9110 it holds
-    seconds or a date. Dub sends the end of the rate window, in milliseconds since 1970: see
-    apps/web/lib/auth/rate-limit-request.ts in https://github.com/dubinc/dub."""
-    text = headers.get("Retry-After", "")
-    if re.fullmatch("[0-9]{1,9}", text):  # 10 digits, 31 years and more, are no delay but a time
-        return float(text)
-    moment = _http_date(text)
-    if re.fullmatch("[0-9]{10,13}", text):
-        moment = int(text) / (1000 if len(text) >= 12 else 1)  # else seconds, as some send
-    # By the server's own clock, where it tells it: then a wrong one here does no harm.
-    now = _http_date(headers.get("Date", ""))
-    return None if moment is None else max(0.0, moment - (time.time() if now is None else now))
+def _parse_retry_after(headers: Message) -> Optional[float]:
+    """The header Retry-After in seconds from now, or None if it is missing or malformed.
+
+    It is a number of seconds, a date, or Dub's own form, milliseconds since 1970: see
+    apps/web/lib/auth/rate-limit-request.ts in https://github.com/dubinc/dub.
+    """
+    value = headers.get("Retry-After", "")
+    if re.fullmatch("[0-9]{1,9}", value):
+        return float(value)
+    retry_at = _timestamp(value)
+    if re.fullmatch("[0-9]{13}", value):  # milliseconds
+        retry_at = int(value) / 1000
+    if retry_at is None:
+        return None
+    # Prefer the server's clock, in case this machine's is wrong.
+    now = _timestamp(headers.get("Date", ""))
+    if now is None:
+        now = time.time()
+    return max(0.0, retry_at - now)
 
 
-def _http_date(text: str) -> float | None:
-    """A date such as `Sun, 06 Nov 1994 08:49:37 GMT`, in seconds since 1970; None if it is none."""
+def _timestamp(date: str) -> Optional[float]:
+    """Seconds since 1970 for a date like `Sun, 06 Nov 1994 08:49:37 GMT`. None if malformed."""
     try:
-        return float(calendar.timegm(email.utils.parsedate_to_datetime(text).utctimetuple()))
-    except Exception:  # TypeError, ValueError, and on Python 3.8 even UnboundLocalError
+        return float(calendar.timegm(parsedate_to_datetime(date).utctimetuple()))
+    except Exception:  # The exception type varies by Python version.
         return None
 
 
-# --- the connections: urllib's opener, kept connections, tunnel, TLS ---
-class _Connections(urllib.request.BaseHandler):
-    """urllib's handler for http and https, over connections that are kept and shared by threads."""
+# --- Connections ----------------------------------------------------------------------------------
 
-    def __init__(self, server_url: str, ssl_context: ssl.SSLContext | None) -> None:
-        self.server = urlsplit(server_url)
-        self.tls = self.server.scheme == "https"
-        self.ssl_context = ssl_context
-        self.default_context: ssl.SSLContext | None = None
-        self.idle: list[_Wire] = []  # a stack without lock, since append and pop are atomic
+
+class _KeepAliveHandler(BaseHandler):
+    """A handler for urllib's opener that keeps connections open, for any thread to use."""
+
+    def __init__(self, server: SplitResult, ssl_context: Optional[ssl.SSLContext]) -> None:
+        # A deque needs no lock: its methods are atomic.
+        self.idle: deque[_Connection] = deque()
         self.closed = False
+        self.server = server
+        self.ssl_context = ssl_context  # connect() creates it if it is None.
+        self.given_ssl_context = ssl_context  # for __reduce__
+        # Used in error messages.
+        self.route = server.netloc
+        self.proxy = _find_proxy(server)
+        self.proxy_headers: dict[str, str] = {}
+        if self.proxy is not None:
+            credentials, _, address = self.proxy.netloc.rpartition("@")
+            self.route += f" through the proxy {address} ({server.scheme}_proxy)"
+            if credentials:
+                user, _, password = credentials.partition(":")
+                basic = base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode())
+                self.proxy_headers["Proxy-Authorization"] = f"Basic {basic.decode()}"
 
-    def http_open(self, request: _Request) -> _Response:
-        """The response to the request, after ProxyHandler has seen it."""
-        if wire := self.take_idle(request.proxy):
-            # The server may just have closed it, or say so by 408: that is no failure.
-            before = request.bytes_left
-            try:
-                response = self.exchange(wire, request)
-                if response.status != 408:
-                    return response
-            except OSError as error:
-                if request.bytes_left < before or _timed_out(error):
-                    raise
-        return self.exchange(_Wire(request.proxy), request)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a client be pickled and copied: as an open one, without connections."""
+        if self.given_ssl_context is not None:
+            raise TypeError("a client with an ssl_context (SSLContext) cannot be pickled")
+        return _KeepAliveHandler, (self.server, None)
 
-    https_open = http_open
-
-    def exchange(self, wire: _Wire, request: _Request) -> _Response:
-        """Send the request and read the response; keep the connection if it can carry another."""
-        headers = {"Host": self.server.netloc, **_HEADERS, **dict(request.header_items())}
-        target = request.full_url if request.proxy and not self.tls else request.selector
-        if self.tls:
-            headers.pop("Proxy-authorization", None)  # for the tunnel alone
-        try:
-            if wire.sock is None:
-                self.connect(wire, request)
-            return wire.get(target, headers, request)
-        finally:
-            if wire.reusable and len(self.idle) < 32:  # as a ThreadPoolExecutor's threads
-                self.idle.append(wire)
-                if self.closed:
-                    self.close()
-            else:
-                wire.close()
-
-    def take_idle(self, proxy: str) -> _Wire | None:
-        """The newest connection through this proxy that is fit for use. Others are closed."""
-        while True:
-            try:
-                wire = self.idle.pop()
-            except IndexError:  # not looked for before: another thread may take the last
-                return None
-            if not self.closed and wire.proxy == proxy and wire.usable():
-                return wire
-            wire.close()
+    def __del__(self) -> None:
+        self.close()
 
     def close(self) -> None:
         self.closed = True
-        self.take_idle("")  # finds none fit any more, and so closes all
+        for connection in self.pop_idle():
+            connection.sock.close()
 
-    def connect(self, wire: _Wire, request: _Request) -> None:
-        """Connect to the server: directly or through a proxy, with TLS if its URL says https."""
-        if self.tls and not ssl:
-            raise NoResponseError("https needs the module ssl, which this Python does not have")
-        hop, host = urlsplit(f"//{request.proxy or self.server.netloc}"), self.server.hostname
+    def pop_idle(self) -> collections.abc.Iterator[_Connection]:
+        """Remove idle connections, the oldest first, as those are the likeliest to be dead."""
+        while True:
+            try:
+                connection = self.idle.popleft()
+            except IndexError:  # none left
+                return
+            yield connection
+
+    def http_open(self, request: Request) -> addinfourl:
+        """Send a request and read the response. Raises OSError."""
+        # OpenerDirector.open sets request.timeout.
+        deadline = time.monotonic() + (request.timeout or 0)
+        headers = {"Host": self.server.netloc, **dict(request.header_items())}
+        target = request.selector
+        if self.proxy is not None and self.server.scheme == "http":
+            target = request.full_url
+            headers.update(self.proxy_headers)
+        response = self.fetch(_encode("GET", target, headers), deadline)
+        # This is what urllib's own handlers return, and what instrumentation expects.
+        return addinfourl(
+            io.BytesIO(response.body), response.headers, request.full_url, response.status
+        )
+
+    # OpenerDirector finds http_open and https_open by name.
+    https_open = http_open
+
+    def fetch(self, request: bytes, deadline: float) -> _Response:
+        """Send a request over an idle connection or, if none is usable, over a new one."""
+        for connection in self.pop_idle():
+            if not connection.is_usable():
+                connection.sock.close()
+                continue
+            try:
+                return self.fetch_over(connection, request, deadline)
+            except OSError as error:
+                has_begun = connection.stream.received > 0
+                if has_begun or isinstance(error, _TIMEOUTS):
+                    raise
+                # The server probably closed the connection before it saw the request. Go on with
+                # another connection, without spending a retry.
+        return self.fetch_over(self.connect(deadline), request, deadline)
+
+    def fetch_over(self, connection: _Connection, request: bytes, deadline: float) -> _Response:
+        """Send a request over this connection, then keep or close the connection."""
         try:
-            port = hop.port or (443 if self.tls else 80)  # a proxy's too, as urllib has it
-            wire.connect(str(hop.hostname), port, request)
-            if self.tls and request.proxy:
-                wire.open_tunnel(self.server.netloc, self.server.port, request)
-            if self.tls:
-                context = self.ssl_context or self.default_context
-                if context is None:  # reads the system's authorities: 10 ms and more
-                    context = self.default_context = ssl.create_default_context()
-                wire.start_tls(context, str(host), request)
-        # For want of sockets or TLS, Pyodide raises RuntimeError, others maybe AttributeError.
-        except (OSError, RuntimeError, ValueError, AttributeError) as error:
-            if refused := getattr(error, "verify_message", ""):  # of ssl.SSLCertVerificationError
-                self.default_context = None  # the next call may find authorities mounted late
-                raise NoResponseError(f"certificate of {host} not accepted: {refused}") from error
-            kind = socket.timeout if _timed_out(error) else ConnectionError
-            raise kind(f"cannot connect to {hop.netloc}: {error}") from error
+            response = connection.exchange(request, deadline)
+        except BaseException:
+            connection.sock.close()
+            raise
+        if response.keep_alive and len(self.idle) < _MAX_IDLE_CONNECTIONS:
+            connection.idle_since = time.time()
+            self.idle.append(connection)
+        else:
+            connection.sock.close()
+        # close() may have been called during the request.
+        if self.closed:
+            self.close()
+        return response
+
+    def connect(self, deadline: float) -> _Connection:
+        """Connect to the server, through the proxy if there is one, with TLS if it is https."""
+        next_hop = self.proxy or self.server
+        port = next_hop.port or {"http": 80, "https": 443}[next_hop.scheme]
+        sock = _create_connection(next_hop.hostname, port, deadline)
+        try:
+            if self.server.scheme == "https":
+                if self.proxy is not None:
+                    self.open_tunnel(sock, deadline)
+                if self.ssl_context is None:
+                    self.ssl_context = ssl.create_default_context()
+                # suppress_ragged_eofs=False, because an end of the stream without a close_notify
+                # may be a truncation attack.
+                sock = self.ssl_context.wrap_socket(
+                    sock,
+                    server_hostname=self.server.hostname,
+                    do_handshake_on_connect=False,
+                    suppress_ragged_eofs=False,
+                )
+                _set_timeout(sock, deadline)
+                sock.do_handshake()
+            return _Connection(sock)
+        except BaseException:
+            sock.close()
+            raise
+
+    def open_tunnel(self, sock: socket.socket, deadline: float) -> None:
+        """Ask the proxy for a tunnel to the server."""
+        target = self.server.netloc
+        if self.server.port is None:
+            target += ":443"
+        # `tunnel` does not own the socket: dropping it leaves the socket open.
+        tunnel = _Connection(sock)
+        headers = {"Host": target, **self.proxy_headers}
+        tunnel.send(_encode("CONNECT", target, headers), deadline)
+        response = tunnel.read_head()
+        if 200 <= response.status < 300:
+            return
+        message = f"the proxy answered {response.status}"
+        if response.status == 407:
+            message += ": the user name or password is missing or wrong"
+        if response.status >= 500:
+            raise ConnectionError(message)  # retried
+        raise PermissionError(message)  # not retried: see _retry_delay
 
 
-def _timed_out(error: Exception) -> bool:
-    """Whether our own deadline ended something: the system's ETIMEDOUT has a number."""
-    return isinstance(error, socket.timeout) and error.errno is None
+def _find_proxy(server: SplitResult) -> Optional[SplitResult]:
+    """The proxy that is configured for the server. Raises ValueError if it is not supported."""
+    if server.scheme == "http" and _is_loopback(server.hostname):
+        return None  # A proxy would send the token to another machine.
+    url = getproxies().get(server.scheme)
+    if not url or proxy_bypass(server.netloc):
+        return None
+    if "://" not in url:
+        url = "http://" + url
+    proxy = _split_url(url)
+    if proxy and proxy.scheme == "http" and proxy.path in ("", "/"):
+        return proxy
+    # The setting is not shown, because it may hold a password.
+    raise ValueError(
+        f"{server.scheme}_proxy: expected http://[user:password@]host[:port]; "
+        "proxies of other kinds, such as https: and socks5:, are not supported"
+    )
 
 
-# --- the wire: HTTP/1.1 by RFC 9112 over one socket, under a deadline ---
-_MAX_BODY = 1024 * 1024  # bytes; one more is read, to know. A customer takes 2 to 100 kB
-_MAX_HEAD = 64 * 1024  # bytes, and 100 fields
-_STATUS_LINE = re.compile(rb"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([^\r\n\0]*))?\r\n")  # 4 of RFC 9112
-_FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r\n"  # 5.1
-_FIELD_LINES = re.compile(rb"((?:%b)*)(\r\n)|((?:%b)+)" % (_FIELD, _FIELD))  # all, or so far
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n\0]*)?\r\n")  # 7.1
-_CLOSE = re.compile("(^|,)[ \t]*close[ \t]*($|,)", re.IGNORECASE)  # 9.6
-_LENGTHS = re.compile("[0-9]{1,99}(?:[ \t]*,[ \t]*[0-9]{1,99})*")  # RFC 9110, 8.6
-# Once a line has this, it matches now or never. (A CR at the very end may become a CRLF.)
-_LINE_OVER = re.compile(rb"\r[\0-\xff]|[\n\0]")
+def _create_connection(host: Optional[str], port: int, deadline: float) -> socket.socket:
+    """Like socket.create_connection(), but with one deadline for all addresses."""
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    while addresses:
+        family, kind, protocol, _, address = addresses.pop(0)
+        timeout = deadline - time.monotonic()
+        if addresses:  # Keep at least half of the time for the others.
+            timeout = min(timeout / 2, _MAX_CONNECT_SECONDS)
+        try:
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(max(0, timeout))
+                sock.connect(address)
+                # Disable Nagle's algorithm: it would delay the request after a TLS handshake.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return sock
+            except BaseException:
+                sock.close()
+                raise
+        except OSError:
+            # Go on with the next address, if there is one.
+            if not addresses:
+                raise
+    raise OSError(f"{host} has no address")
+
+
+def _set_timeout(sock: socket.socket, deadline: float) -> None:
+    """Let the next operation wait until the deadline. If that has passed, do not wait."""
+    sock.settimeout(max(0, deadline - time.monotonic()))
+
+
+# --- HTTP/1.1 -------------------------------------------------------------------------------------
+# Matches `HTTP/1.1 200 OK`.
+_STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9][0-9][0-9])( {_HEADER_VALUE})?\r\n".encode())
+# Matches `Content-Type: application/json`, and the empty line after the headers, for which both
+# groups are None.
+_FIELD_LINE = re.compile(rf"(?:({_HEADER_NAME}):({_HEADER_VALUE}))?\r\n".encode())
+# Matches `1F;name=value`.
+_CHUNK_SIZE_LINE = re.compile(rf"([0-9A-Fa-f]{{1,8}})[ \t]*(;{_HEADER_VALUE})?\r\n".encode())
+
+
+def _encode(method: str, target: str, headers: dict[str, str]) -> bytes:
+    message = f"{method} {target} HTTP/1.1\r\n"
+    for name, value in headers.items():
+        message += name + ": " + value + "\r\n"
+    return (message + "\r\n").encode("latin-1")
 
 
 class _Response(NamedTuple):
     status: int
-    reason: str
-    headers: dict[str, str]  # by name in lower case
-    body: bytes
+    headers: Message
+    keep_alive: bool
+    body: bytes = b""
 
 
-class _Wire:
-    """One connection: HTTP/1.1 by RFC 9112 over one socket. What that does not allow is refused as
-    it is read: nobody can tell where it ends, and its tail would be the next call's customer."""
+class _Stream(io.RawIOBase):
+    """The incoming bytes of a socket as a raw file, with a deadline and a size limit."""
 
-    sock: Any = None  # a socket, from `connect` on
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.deadline = 0.0  # 0: do not wait
+        self.received = 0  # bytes of the current response
 
-    def __init__(self, proxy: str) -> None:
-        self.proxy, self.process, self.old_at = proxy, os.getpid(), math.inf
-        self.buffer = bytearray()  # received, and not yet read
-        self.room = 0  # bytes that the head under way may still take
-        self.reusable = False  # whether a response was read to its end, and another may follow
+    def readable(self) -> bool:
+        return True
 
-    def connect(self, host: str, port: int, request: _Request) -> None:
-        """Connect to the first address of the name that lets us, each in its share of the time."""
-        request.seconds_left()  # not even ask for the name when it is too late
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        while addresses:
-            family, kind, protocol, _, address = addresses.pop(0)
-            try:
-                self.sock = socket.socket(family, kind, protocol)
-                self.sock.settimeout(request.seconds_left() / (1 + len(addresses)))
-                self.sock.connect(address)
-                # Else the request may wait for the acknowledgement of what TLS sent last.
-                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                return
-            except OSError:
-                self.close()
-                if not addresses:
-                    raise
-        raise OSError("the name has no address")
+    def readinto(self, buffer: Any) -> int:
+        _set_timeout(self.sock, self.deadline)
+        size = self.sock.recv_into(buffer)
+        self.received += size
+        if self.received > _MAX_RESPONSE_BYTES:
+            raise ConnectionError("the response is larger than 1 MiB")
+        return size
 
-    def open_tunnel(self, netloc: str, port: int | None, request: _Request) -> None:
-        target = netloc if port else f"{netloc}:443"
-        ours = {k: v for k, v in request.headers.items() if k == "Proxy-authorization"}
-        _, status, _, _ = self.ask(f"CONNECT {target}", {"Host": target, **ours}, request)
-        if not 200 <= status < 300:
-            kind = ConnectionError if status in _RETRIED_STATUSES else NoResponseError
-            raise kind(f"proxy {request.proxy} answered {status} to CONNECT")
-        if not self.usable():  # what it said would be taken for the server's part of TLS
-            raise ConnectionError("the proxy spoke or hung up ahead of TLS")
 
-    def start_tls(self, tls: ssl.SSLContext, host: str, request: _Request) -> None:
-        # The handshake apart: interrupted in wrap_socket, it would leave the socket open.
-        # A ragged end is one without TLS's own: anybody may have cut there (RFC 9112, 9.8).
-        how: dict[str, Any] = {"do_handshake_on_connect": False, "suppress_ragged_eofs": False}
-        self.sock = tls.wrap_socket(self.sock, server_hostname=host, **how)
-        self.sock.settimeout(request.seconds_left())
-        self.sock.do_handshake()
+class _Connection:
+    """An HTTP/1.1 connection (RFC 9112).
 
-    def usable(self) -> bool:
-        """Whether it is this process's (not inherited by fork), not old, and silent."""
-        if self.process != os.getpid() or time.monotonic() >= self.old_at or self.buffer:
-            return False
-        try:
-            self.sock.settimeout(0)
-            self.sock.recv(1)  # the end, an error, or a byte nobody asked for
-            return False
-        except OSError as error:  # by name, since there may be no ssl
-            return type(error).__name__ in ("BlockingIOError", "SSLWantReadError")
+    Unlike http.client, it is strict about where a response ends. Otherwise leftover bytes
+    could be read as the next response, and the wrong customer be returned.
+    """
 
-    def close(self) -> None:
-        if self.sock is not None:
-            self.sock.close()
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.stream = _Stream(sock)
+        self.reader = io.BufferedReader(self.stream, 65536)
+        self.pid = os.getpid()
+        self.idle_since = 0.0
 
-    __del__ = close
+    def exchange(self, request: bytes, deadline: float) -> _Response:
+        self.send(request, deadline)
+        response = self.read_head()
+        # These have no body. In case one was sent anyway, do not reuse the connection.
+        if response.status in (204, 304):
+            return response._replace(keep_alive=False)
+        encodings = response.headers.get_all("Transfer-Encoding", [])
+        lengths = response.headers.get_all("Content-Length", [])
+        if not encodings and not lengths:  # The body ends with the stream.
+            return response._replace(body=self.reader.read(), keep_alive=False)
+        return response._replace(body=self.read_body(encodings, lengths))
 
-    def get(self, target: str, headers: dict[str, str], request: _Request) -> _Response:
-        """The response to a GET; `reusable` tells afterwards whether another may follow."""
-        version, status, reason, fields = self.ask(f"GET {target}", headers, request)
-        coding, length = fields.get("transfer-encoding"), fields.get("content-length")
-        body, stays = b"", version == b"1.1" and not _CLOSE.search(fields.get("connection", ""))
-        if status in (101, 204, 304):  # no body; one that is announced may still come
-            stays = stays and status != 101 and coding is None and length in (None, "0")
-        elif coding is not None:
-            if coding.lower() != "chunked" or length is not None or version == b"1.0":
-                raise ConnectionError("Transfer-Encoding is not chunked alone (RFC 9112, 6.1, 6.3)")
-            body = self.chunks()
-        elif length is not None:
-            # Repeated, a length is as good as said once. int() alone would take more than digits.
-            sizes = {int(each) for each in length.split(",")} if _LENGTHS.fullmatch(length) else ()
-            if len(sizes) != 1:
-                raise ConnectionError("Content-Length is not one number (RFC 9112, 6.3)")
-            body = self.take(min(*sizes, _MAX_BODY + 1))
-        else:
-            while len(self.buffer) <= _MAX_BODY and self.receive(may_end=True):
-                pass
-            body, stays = bytes(self.buffer[: _MAX_BODY + 1]), False
-        self.old_at = time.monotonic() + 60  # middleboxes forget it silently, within minutes
-        self.reusable = stays and len(body) <= _MAX_BODY and not self.buffer
-        return _Response(status, reason, fields, body)
+    def send(self, request: bytes, deadline: float) -> None:
+        self.stream.deadline = deadline
+        self.stream.received = 0
+        while request:
+            _set_timeout(self.sock, deadline)
+            size = self.sock.send(request)
+            request = request[size:]
 
-    def ask(self, what: str, headers: dict[str, str], request: _Request) -> tuple[Any, ...]:
-        """Send a request without a body. Version, status, reason and headers of the response."""
-        self.request, self.reusable = request, False  # receive() uses its time and bytes
-        lines = [f"{what} HTTP/1.1", *map(": ".join, headers.items()), "", ""]
-        data = "\r\n".join(lines).encode("latin-1")
-        while data:
-            self.sock.settimeout(request.seconds_left())
-            data = data[self.sock.send(data) :]
+    def read_head(self) -> _Response:
+        """Read the status line and the headers, after any interim responses (1xx)."""
+        keep_alive = True
         while True:
-            self.room = _MAX_HEAD
-            version, code, reason = self.line("a status line", _STATUS_LINE, b"HTTP/1.")
-            status, fields = int(code), self.fields()
-            if status >= 200 or status == 101:  # the others of 1xx are interim
-                return version, status, reason.decode("utf-8", "replace"), fields
+            match = self.read_line(_STATUS_LINE)
+            status = int(match[2])
+            headers = self.read_fields()
+            options = ",".join(headers.get_all("Connection", [])).lower()
+            if match[1] == b"0" or "close" in re.findall("[^, \t]+", options):
+                keep_alive = False
+            if status >= 200:
+                return _Response(status, headers, keep_alive)
 
-    def fields(self) -> dict[str, str]:
-        """The fields of a head, or the trailers of a body, up to the empty line."""
-        fields: dict[str, str] = {}
-        count, end = 0, b""
-        while not end:
-            whole, end, part = self.line("a header field", _FIELD_LINES)
-            for line in (whole or part).decode("latin-1").split("\r\n")[:-1]:
-                name, _, value = line.partition(":")
-                name, value = name.lower(), value.strip(" \t")
-                fields[name] = f"{fields[name]}, {value}" if name in fields else value
-                count += 1
-            if count > 100:
-                raise ConnectionError("more than 100 header fields")
-        return fields
+    def read_fields(self) -> Message:
+        """Read header or trailer fields, up to and including the empty line after them."""
+        fields = Message()
+        while True:
+            name, value = self.read_line(_FIELD_LINE).groups()
+            if name is None:
+                return fields
+            fields[name.decode()] = value.decode("latin-1").strip(" \t")
 
-    def chunks(self) -> bytes:
-        """A chunked body; of one beyond the bound, that much and a byte."""
-        body = bytearray()
-        while len(body) <= _MAX_BODY:
-            self.room = _MAX_HEAD
-            size = int(self.line("the size of a chunk", _CHUNK_SIZE)[0], 16)
+    def read_line(self, pattern: re.Pattern[bytes]) -> re.Match[bytes]:
+        line = self.reader.readline()
+        match = pattern.fullmatch(line)
+        if match is None:
+            raise ConnectionError(f"malformed or incomplete response: {line[:40]!r}")
+        return match
+
+    def read_body(self, encodings: list[str], lengths: list[str]) -> bytes:
+        if [each.lower() for each in encodings] == ["chunked"] and not lengths:
+            return self.read_chunks()
+        # exchange() ensures that there is an encoding or a length.
+        if encodings or len(lengths) > 1 or not re.fullmatch("[0-9]{1,20}", lengths[0]):
+            raise ConnectionError("malformed response: it is unclear where its body ends")
+        return self.read(int(lengths[0]))
+
+    def read_chunks(self) -> bytes:
+        chunks: list[bytes] = []
+        while True:
+            size = int(self.read_line(_CHUNK_SIZE_LINE)[1], 16)
             if size == 0:
-                self.fields()
-                break
-            body += self.take(min(size, _MAX_BODY + 1 - len(body)))
-            if len(body) <= _MAX_BODY and any(self.take(1) != byte for byte in (b"\r", b"\n")):
-                raise ConnectionError("a chunk is longer than it said (RFC 9112, 7.1)")
-        return bytes(body)
+                self.read_fields()
+                return b"".join(chunks)
+            chunks.append(self.read(size))
+            if self.read(2) != b"\r\n":
+                raise ConnectionError("malformed response: a chunk exceeds its declared size")
 
-    def line(self, what: str, pattern: re.Pattern[bytes], start: bytes = b"") -> tuple[bytes, ...]:
-        """The groups of the pattern in the next line; one that cannot match any more is refused."""
-        seen, match = 0, pattern.match(self.buffer)
-        while not match or match.end() > self.room:
-            odd = match or _LINE_OVER.search(self.buffer, seen) or len(self.buffer) >= self.room
-            if odd or not start.startswith(bytes(self.buffer[: len(start)])):
-                raise ConnectionError(f"expected {what} in bounds, got {bytes(self.buffer[:40])!r}")
-            seen = max(0, len(self.buffer) - 1)
-            self.receive()
-            match = _LINE_OVER.search(self.buffer, seen) and pattern.match(self.buffer)
-        groups, self.room = match.groups(b""), self.room - match.end()  # copied, before the del
-        del self.buffer[: match.end()]
-        return groups
-
-    def take(self, count: int) -> bytes:
-        while len(self.buffer) < count:
-            self.receive()
-        data = bytes(self.buffer[:count])
-        del self.buffer[:count]
+    def read(self, size: int) -> bytes:
+        """Read exactly `size` bytes."""
+        if size > _MAX_RESPONSE_BYTES:
+            raise ConnectionError("the response is larger than 1 MiB")
+        data = self.reader.read(size)
+        if len(data) < size:
+            raise ConnectionError("the response ended too early")
         return data
 
-    def receive(self, *, may_end: bool = False) -> bool:
-        """Receive into the buffer; False at the end of the stream, where there may be one."""
-        data = self.request.receive(self.sock)
-        if not data and not may_end:
-            raise ConnectionError("the connection was closed before the response was whole")
-        self.buffer += data
-        return bool(data)
+    def is_usable(self) -> bool:
+        """Whether another request can be sent, by this process."""
+        # Wall-clock time, because the monotonic clock may stop while the machine sleeps. The
+        # clock may be set back, hence abs().
+        if abs(time.time() - self.idle_since) > _MAX_IDLE_SECONDS:
+            return False
+        if self.pid != os.getpid():
+            return False
+        # There must be nothing to read. Data would be unsolicited, and an end of the stream
+        # means that the server has closed the connection.
+        self.stream.deadline = 0.0
+        try:
+            self.reader.peek(1)
+        except _TIMEOUTS:
+            return True
+        except OSError:
+            pass
+        return False
 
 
-# --- the answer: status to error, body to customer ---
-_ERRORS: dict[int, type[APIError]] = {400: BadRequest, 401: Unauthorized, 403: Forbidden}
-_ERRORS.update({404: NotFound, 409: Conflict, 410: InviteExpired, 422: UnprocessableEntity})
-_ERRORS.update({429: RateLimitExceeded, 500: InternalServerError})
+# --- Responses ------------------------------------------------------------------------------------
+_ERRORS = {
+    400: BadRequest,
+    401: Unauthorized,
+    403: Forbidden,
+    404: NotFound,
+    409: Conflict,
+    410: InviteExpired,
+    422: UnprocessableEntity,
+    429: RateLimitExceeded,
+    500: InternalServerError,
+}
 
 
-def _customer(response: _Response) -> Customer:
-    """The customer in a 200; an APIError or ResponseValidationError for anything else."""
-    status, _, headers, body = response
+def _parse_response(response: addinfourl) -> Customer:
+    """The customer in a response. Raises APIError or ResponseValidationError."""
+    status = response.code or 0
+    headers = response.headers
+    # Not response.read(), which tempfile wraps in a new function at each call.
+    body = response.fp.read()
     if not 200 <= status < 300:
-        raise _api_error(response)
-    try:
-        if status != 200 or len(body) > _MAX_BODY:
-            raise ValueError("a customer comes with 200, and in 1 MiB at most")
-        data = json.loads(body.decode())
-    except (ValueError, RecursionError) as error:
-        start = _one_line(body[:400].decode("utf-8", "replace"), 100)
-        about = [headers[name] for name in ("content-type", "content-encoding") if name in headers]
-        message = f"{status} response is not a customer's JSON ({error}) {about}: {start!r}"
-        raise ResponseValidationError(_one_line(message, 400), body=body[:_MAX_BODY]) from error
+        raise _api_error(status, headers, body)
+    data = _decode_json(body) if status == 200 else None
+    if data is None:  # another 2xx status, invalid JSON, or null
+        start = _one_line(body.decode("utf-8", "replace"), 100)
+        raise ResponseValidationError(
+            f"expected a customer, got status {status}, type {headers.get('Content-Type')}, "
+            f"encoding {headers.get('Content-Encoding')}: {start!r}",
+            body=body,
+        )
     try:
         return Customer.from_json(data)
     except ResponseValidationError as error:
-        raise ResponseValidationError(str(error), body=body) from None
+        error.body = body
+        raise
 
 
-def _api_error(response: _Response) -> APIError:
-    status, reason, headers, body = response
-    try:  # as far as the body is `{"error": {"code", "message", "doc_url"}}`
-        envelope: Any = json.loads(body.decode())["error"]
-        told = {key: value for key, value in envelope.items() if isinstance(value, str)}
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        told = {}
-    # Of a platform's page, in place of the API's JSON, the first words are the only clue.
-    start = _one_line(body[:400].decode("utf-8", "replace"), 100)
-    message = told.get("message") or ": ".join(filter(None, [reason, start])) or "no message"
-    if 300 <= status < 400 and "location" in headers:
-        message = f"redirect to {headers['location']} not followed"
-    caseless = email.message.Message()
-    for name, value in headers.items():
-        caseless[name] = value
-    facts: dict[str, Any] = {"code": told.get("code"), "doc_url": told.get("doc_url")}
-    facts.update(status_code=status, headers=caseless, body=body[:_MAX_BODY])
-    return _ERRORS.get(status, APIError)(message, **facts)
+def _api_error(status: int, headers: Message, body: bytes) -> APIError:
+    details = {}
+    # Dub sends {"error": {"code": ..., "message": ..., "doc_url": ...}}.
+    with contextlib.suppress(LookupError, TypeError, AttributeError):
+        fields = _decode_json(body)["error"].items()
+        details = {key: value for key, value in fields if isinstance(value, str)}
+    start = _one_line(body.decode("utf-8", "replace"), 100)
+    message = details.get("message") or start or "the server sent no message"
+    if 300 <= status < 400 and "Location" in headers:
+        message = f"redirect to {headers['Location']} not followed"
+    if status == 407:  # With https, open_tunnel() raises instead.
+        message = "the user name or password in http_proxy is missing or wrong"
+    error = _ERRORS.get(status, APIError)(
+        message, status, details.get("code"), details.get("doc_url"), headers, body
+    )
+    if isinstance(error, RateLimitExceeded):
+        error.retry_after = _parse_retry_after(headers)
+    return error
 
 
-def _one_line(text: str, limit: int) -> str:
-    """The text on one line, without control characters, cut to `limit` characters."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+def _decode_json(body: bytes) -> Any:
+    """The decoded JSON, or None if it is not valid. There may be a byte order mark."""
+    try:
+        return json.loads(body.decode().lstrip("\ufeff"))
+    except (ValueError, RecursionError):
+        return None
 
 
-# --- command line ---
-_EXAMPLE = b"""{"id": "cus_1KAP4CDPBSVMMBMH9XX3YZZ0Z", "externalId": "user_42", "country": "GB",
-"name": "Ada Lovelace", "email": "ada@example.com", "avatar": "https://assets.example.com/ada.png",
-"sales": 3, "saleAmount": 12900, "createdAt": "2026-01-02T03:04:05.000Z", "stripeCustomerId": null,
-"firstSaleAt": "2026-02-01T00:00:00.000Z", "subscriptionCanceledAt": null, "programId": "prog_1",
-"link": {"id": "link_1KAP4CDPBSVMMBMH9XX3YZZ0Z", "domain": "dub.sh", "key": "try",
-"shortLink": "https://dub.sh/try", "url": "https://dub.co", "programId": "prog_1"}, "partner":
-{"id": "pn_1", "name": "Grace Hopper", "email": "grace@example.com", "image": null}, "discount":
-{"id": "disc_1", "amount": 20, "type": "percentage", "maxDuration": 12, "description": null,
-"couponId": "co_1", "couponTestId": null, "partnersCount": 4}}"""  # the documented one, expanded
+def _one_line(text: str, limit: int = 300) -> str:
+    """The beginning of the text, without line breaks and other control characters."""
+    printable = "".join(char if char.isprintable() else " " for char in text[:limit])
+    return " ".join(printable.split())
+
+
+# --- Command line ---------------------------------------------------------------------------------
+_EXAMPLE = b"""{
+"id": "cus_1KAP4CDPBSVMMBMH9XX3YZZ0Z", "externalId": "user_42", "name": "Ada Lovelace",
+"email": "ada@example.com", "country": "GB", "sales": 3, "saleAmount": 12900,
+"createdAt": "2026-01-02T03:04:05.000Z", "programId": "prog_1",
+"link": {"id": "link_1", "domain": "dub.sh", "key": "try", "programId": "prog_1",
+         "shortLink": "https://dub.sh/try", "url": "https://dub.co"},
+"partner": {"id": "pn_1", "name": "Grace Hopper", "email": null, "image": null},
+"discount": {"id": "disc_1", "amount": 20, "type": "percentage", "maxDuration": 12}
+}"""
 
 
 def _main() -> None:
-    """Print a customer as JSON. Exit status: 0; 1 after one line on the error; 2 for bad usage."""
     import argparse
-    import signal
 
-    # Ctrl-C ends this as it ends other programs: without a traceback, and a shell's loop with it.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parser = argparse.ArgumentParser(description="Print a customer as JSON, by the DUB_API_KEY.")
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("id", nargs="?", metavar="ID", help="cus_... or ext_ and the externalId")
-    which.add_argument("--demo", action="store_true", help="an example from a server in here")
-    parser.add_argument("--expand", action="store_true", help="with link, partner, discount")
-    parser.add_argument("--server-url", default="https://api.dub.co", metavar="URL")
+    parser = argparse.ArgumentParser(
+        description="Print a customer of your Dub workspace as JSON.",
+        epilog="Example: DUB_API_KEY=dub_xxx python3 dub_customers.py ext_42 --expand. The exit"
+        " status is 0 if the customer was printed, 1 after an error, 2 for invalid arguments.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("id", nargs="?", metavar="ID", help="cus_..., or ext_ and an external id")
+    source.add_argument(
+        "--demo", action="store_true", help="show an example, without using the network"
+    )
+    parser.add_argument("--expand", action="store_true", help="add link, partner and discount")
+    parser.add_argument(
+        "--server-url", default="https://api.dub.co", metavar="URL", help="(%(default)s)"
+    )
     parser.add_argument("--version", action="version", version=__version__)
+    options = parser.parse_args()
     try:
-        # Python's own sys.stdout is None if closed, and reports a full disk only at exit.
-        with open(1, "w", closefd=False) as sys.stdout:
-            options = parser.parse_args()
-            if options.demo:
-                found = _demo()
-            else:  # the id as the bytes that were typed, whatever encoding the terminal has
-                id = os.fsencode(options.id).decode("utf-8", "surrogateescape")
-                with Dub(server_url=options.server_url) as client:
-                    found = client.customers.get(id, include_expanded_fields=options.expand or None)
-            print(json.dumps(found.raw, indent=2))
-    except (DubError, OSError, ValueError, RuntimeError, Warning) as error:  # (no thread, -W error)
-        sys.exit(f"error: {_one_line(str(error) or type(error).__name__, 600)}")
+        if options.demo:
+            customer = _demo()
+        else:
+            with Dub(server_url=options.server_url) as client:
+                customer = client.customers.get(
+                    options.id, include_expanded_fields=options.expand or None
+                )
+        _print(customer)
+    except KeyboardInterrupt:
+        sys.exit(130)  # how shells report Ctrl-C
+    except (DubError, OSError, ValueError, RecursionError) as error:
+        retry_after = getattr(error, "retry_after", None)
+        wait = "" if retry_after is None else f" (wait {math.ceil(retry_after)} seconds)"
+        sys.exit(f"error: {error}{wait}")
+
+
+def _print(customer: Customer) -> None:
+    if sys.stdout is None:
+        raise OSError("standard output is closed")
+    is_utf8 = sys.stdout.encoding.lower() == "utf-8"
+    # Write through a second file object: closing it raises write errors here, not at exit. A lone
+    # surrogate becomes \udXXX, which is how JSON escapes it.
+    with open(
+        sys.stdout.fileno(), "w", encoding="utf-8", errors="backslashreplace", closefd=False
+    ) as file:
+        print(json.dumps(customer.raw, indent=2, ensure_ascii=not is_utf8), file=file)
 
 
 def _demo() -> Customer:
-    """Serve the example on loopback and fetch it as any user would: a self-test without network."""
+    """Retrieve an example from a server in this process."""
     import http.server
     import socketserver
     import threading
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response_only(200)  # which writes no log
-            self.end_headers()
-            self.wfile.write(_EXAMPLE)
+            # An HTTP/1.0 body ends when the connection closes.
+            self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + _EXAMPLE)
 
-    os.environ.update(http_proxy="", no_proxy="*")  # unset; and no system's
-    # Not HTTPServer, which looks its own name up: that can hang without a network.
+    # Not http.server.HTTPServer, which does a host name lookup that can be slow.
     with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         with Dub("dub_demo", server_url=f"http://127.0.0.1:{server.server_address[1]}") as client:

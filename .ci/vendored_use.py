@@ -1,4 +1,7 @@
+# SPDX-License-Identifier: 0BSD
 """A user's code, checked against a vendored copy: each line marked `ignore` must be an error."""
+
+# pyright: reportUnnecessaryTypeIgnoreComment=error
 
 from app._vendor.dub import Customer, Dub, GetCustomerRequest
 

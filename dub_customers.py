@@ -8,8 +8,8 @@
             print(client.customers.get("ext_42", include_expanded_fields=True))
         except NotFound:
             print("there is no such customer")
-        except DubError as error:  # the base class of every error a call raises
-            print("no answer from Dub:", error)
+        except DubError as error:  # the base class of API and network errors
+            print("failed:", error)
 
 API reference: https://dub.co/docs/api-reference/endpoint/retrieve-a-customer
 To update a copy of this file (project dub_customers), replace the whole file.
@@ -52,7 +52,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Each retry waits a random time up to a limit, which doubles. A random extra is also added to
-# Retry-After, so that clients do not all return at the same moment.
+# Retry-After, so that clients do not all retry at the same moment.
 _FIRST_BACKOFF_SECONDS = 0.5
 _MAX_BACKOFF_SECONDS = 8
 _MAX_RETRY_AFTER_SPREAD_SECONDS = 4
@@ -61,33 +61,32 @@ _MAX_RETRY_AFTER_SPREAD_SECONDS = 4
 _MAX_CONNECT_SECONDS = 3
 # Firewalls silently drop connections that are idle for minutes.
 _MAX_IDLE_SECONDS = 60
-# The default upper limit on the threads of a ThreadPoolExecutor.
+# One for each thread of a ThreadPoolExecutor of the default size (at most 32).
 _MAX_IDLE_CONNECTIONS = 32
-_MAX_RESPONSE_BYTES = 1024 * 1024  # a customer takes 2 to 100 kB
+_MAX_RESPONSE_BYTES = 1024 * 1024  # a response usually has 2 to 100 kB
 
-# What a socket raises when an operation times out. With a timeout of 0, because the deadline
-# has passed, it is one of the last three.
+# What a socket raises when an operation times out. With a timeout of 0 (non-blocking), it is
+# BlockingIOError or SSLWantReadError.
 _TIMEOUTS = (
     TimeoutError,
     socket.timeout,  # an alias of TimeoutError since Python 3.10
     BlockingIOError,
     ssl.SSLWantReadError,
-    ssl.SSLWantWriteError,
 )
 
 
-# --- Errors ---------------------------------------------------------------------------------------
+# --- Errors ---------------------------------------------------------------------------
 class DubError(Exception):
-    """Base class of the errors a call raises, except TypeError, ValueError and RuntimeError."""
+    """Base class of all API and network errors. Misuse raises TypeError or ValueError."""
 
     def __str__(self) -> str:
         return _one_line(super().__str__())
 
 
 class APIError(DubError):
-    """The status of the response was not 2xx. The status determines the subclass.
+    """The response has a status other than 2xx. The subclass depends on the status.
 
-    status_code: the HTTP status. One without a subclass, such as 502, raises APIError itself.
+    status_code: the HTTP status. Statuses without a subclass, such as 502, raise APIError.
     code, message, doc_url: see https://dub.co/docs/api-reference/errors. Without a message
         from Dub, `message` is the start of the body. `code` and `doc_url` may be None.
     headers: an `email.message.Message`. body: the content of the response.
@@ -130,7 +129,7 @@ class Forbidden(APIError):
 
 
 class NotFound(APIError):
-    """404: no such customer. If `code` is None, it did not come from Dub: check `server_url`."""
+    """404: no such customer. If `code` is None, this is not from Dub: check `server_url`."""
 
 
 class Conflict(APIError):
@@ -142,11 +141,11 @@ class InviteExpired(APIError):
 
 
 class UnprocessableEntity(APIError):
-    """422: Dub sends this when its own response fails validation (see Dub's source)."""
+    """422: Dub sends this when its own response fails validation, not for bad requests."""
 
 
 class RateLimitExceeded(APIError):
-    """429. `retry_after`: seconds to wait, from the arrival of the response, or None."""
+    """429. `retry_after`: seconds to wait after the response came, or None."""
 
     retry_after: Optional[float] = None
 
@@ -171,7 +170,7 @@ class ResponseValidationError(DubError):
         self.body = body
 
 
-# --- Models ---------------------------------------------------------------------------------------
+# --- Models ---------------------------------------------------------------------------
 _JSON_NAMES: dict[type, str] = {
     str: "string",
     int: "number",
@@ -206,7 +205,7 @@ class _JsonObject:
         raise _mismatch(f"{self._path}.{key}", "string", value)
 
     def number(self, key: str) -> float:
-        value: Any = self._data.get(key)  # For type checkers, float includes int.
+        value: Any = self._data.get(key)
         # type() rather than isinstance(), because True is an instance of int. NaN and
         # Infinity, which json.loads() accepts, are not valid JSON numbers.
         if type(value) in (int, float) and abs(value) < math.inf:
@@ -223,7 +222,7 @@ class _JsonObject:
 
 def _mismatch(path: str, expected: str, value: object) -> ResponseValidationError:
     got = _JSON_NAMES.get(type(value), type(value).__name__)
-    if got == expected:  # NaN or Infinity, whose type is a number's
+    if got == expected:  # NaN and Infinity are numbers to Python: show them
         got = str(value)
     return ResponseValidationError(f"{path}: expected {expected}, got {got}")
 
@@ -278,7 +277,7 @@ class Partner:
 class Discount:
     """The customer's discount.
 
-    `amount` is a percentage if `type` is "percentage", and in cents if it is "flat". The
+    `amount` is a percentage if `type` is "percentage", cents if it is "flat". The
     discount applies for `max_duration` months: 0 means once, None means forever.
     """
 
@@ -333,7 +332,7 @@ class Customer:
     program_id: Optional[str] = None
     partner: Optional[Partner] = None
     discount: Optional[Discount] = None
-    # For pyright, `dict` alone has unknown types.
+    # lambda: {}, because pyright infers dict[Unknown, Unknown] from dict.
     raw: Mapping[str, Any] = field(default_factory=lambda: {}, repr=False, compare=False)
 
     @classmethod
@@ -361,7 +360,7 @@ class Customer:
         )
 
 
-# --- Client ---------------------------------------------------------------------------------------
+# --- Client ---------------------------------------------------------------------------
 class _RequiredKeys(TypedDict):  # typing.Required needs Python 3.11
     id: str
 
@@ -377,15 +376,15 @@ class Dub:
 
     token: an API key, or a function that returns one and is called before each request.
         If it is None, the key is read from the environment variable DUB_API_KEY.
-    server_url: http(s)://host[:port][/path]. Plain http to another host emits a warning.
+    server_url: http(s)://host[:port][/path]. Plain http emits a warning, except to loopback.
     timeout_ms: the longest that a call may take, in milliseconds, retries included. It
-        cannot interrupt name resolution, a token function, or a TLS handshake in which the
-        server keeps sending.
+        cannot interrupt name resolution, a token function, or OpenSSL while a server floods
+        it with handshake messages.
     max_retries: how many times a failed request may be sent again.
     ssl_context: used in place of `ssl.create_default_context()`.
 
     Raises TypeError or ValueError if an argument is invalid. A proxy is looked up when the
-    client is made, the way urllib does: in the environment (`https_proxy`) or the system's
+    client is created, as urllib does it: in the environment (`https_proxy`) or the system's
     settings.
 
     Threads can share a client. It can be used after a fork. A pickle contains the token; a
@@ -418,12 +417,12 @@ class Dub:
         self._timeout_ms = timeout_ms
         self._max_retries = max_retries
         self._handler = _KeepAliveHandler(server, ssl_context)
-        # Going through urllib's opener lets OpenTelemetry and the like see the requests. There
-        # is no handler for redirects: following one would send the token to another host.
+        # urllib's opener is used so that OpenTelemetry and the like, which instrument it, see
+        # the requests. It has no redirect handler, which would send the token to another host.
         self._opener = OpenerDirector()
         self._opener.add_handler(self._handler)
-        # Break the reference cycle that add_handler() made, so that dropping the client closes
-        # its connections and frees its SSLContext at once. Only urllib's handlers use parent.
+        # add_handler() sets handler.parent. Delete it to break the reference cycle, so that
+        # dropping the client closes its connections and frees its SSLContext at once.
         del self._handler.parent
 
     @property
@@ -489,8 +488,8 @@ class Customers:
             token = client._token
             if callable(token):
                 token = _checked_token("token()", token())
+            # Request() normalizes the case of names, so the caller's headers, which come last, win.
             all_headers = {**_HEADERS, "Authorization": "Bearer " + token, **headers}
-            # Request() normalizes the case of names, so the caller's headers override ours.
             http_request = Request(client._server_url + path, headers=all_headers)
             try:
                 return _parse_response(self._send(http_request, timeout_ms, deadline))
@@ -525,7 +524,7 @@ class Customers:
             logger.debug("GET %s: %s, %.1f ms", request.selector, outcome, milliseconds)
 
 
-# --- Everything below is private ------------------------------------------------------------------
+# --- Everything below is private ------------------------------------------------------
 #
 # The path of a call:
 #   Customers.get                 checks the arguments; makes a Request; retries
@@ -536,13 +535,13 @@ class Customers:
 # Then Customers.get calls _parse_response, which makes a Customer or an error.
 
 
-# --- Arguments ------------------------------------------------------------------------------------
+# --- Arguments ------------------------------------------------------------------------
 _HEADERS = {
     "Accept": "application/json",
     "Accept-Encoding": "identity",
     "User-Agent": f"dub_customers/{__version__} (Python)",
 }
-# Headers that would change where the request ends, or are meant for a proxy.
+# Headers that affect the framing of messages, the connection or the proxy.
 _RESERVED_HEADERS = ("connection", "content-length", "transfer-encoding", "proxy-authorization")
 _HEADER_NAME = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # such as Content-Type
 _HEADER_VALUE = r"[\t -~\x80-\xff]*"  # no control characters but the tab
@@ -550,8 +549,7 @@ _HEADER_VALUE = r"[\t -~\x80-\xff]*"  # no control characters but the tab
 
 def _check_type(name: str, value: Any, *types: type) -> None:
     # Reject bool where int is expected: it is a subclass.
-    is_unexpected_bool = isinstance(value, bool) and bool not in types
-    if is_unexpected_bool or not isinstance(value, types):
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         expected = " or ".join(each.__name__ for each in types)
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
@@ -578,7 +576,6 @@ def _checked_headers(http_headers: Mapping[str, str]) -> dict[str, str]:
     _check_type("http_headers", http_headers, collections.abc.Mapping)
     headers = dict(http_headers)
     for name, value in headers.items():
-        _check_type(f"http_headers: the name {name!r}", name, str)
         _check_type(f"http_headers: the value of {name!r}", value, str)
         if not re.fullmatch(_HEADER_NAME, name) or name.lower() in _RESERVED_HEADERS:
             raise ValueError(f"http_headers: {name!r} is invalid or reserved")
@@ -598,11 +595,11 @@ def _customer_path(id: Any, include_expanded_fields: Any, request: Any) -> str:
         id = request.get("id")
         include_expanded_fields = request.get("include_expanded_fields")
     _check_type("id", id, str)
-    # Servers resolve "." and "..", even when percent-encoded. "ext_" alone probably means an
-    # empty variable. Lone surrogates cannot be encoded.
+    # Servers resolve "." and ".." even when encoded. "ext_" alone probably means an empty
+    # variable. Lone surrogates cannot be encoded.
     if id in ("", ".", "..", "ext_") or re.search("[\ud800-\udfff]", id):
-        raise ValueError(f"id: expected cus_... or ext_... in valid Unicode, got {id[:99]!r}")
-    # Dots are encoded too, because Dub's server (Next.js) would strip ".rsc" from the end.
+        raise ValueError(f"id: empty, incomplete or not valid Unicode: {id[:99]!r}")
+    # In other ids, dots are encoded so that Dub's server (Next.js) does not strip ".rsc".
     path = "/customers/" + quote(id, safe="").replace(".", "%2E")
     if include_expanded_fields is not None:
         _check_type("include_expanded_fields", include_expanded_fields, bool)
@@ -624,31 +621,31 @@ def _split_server_url(server_url: Any) -> SplitResult:
 
 def _split_url(url: str) -> Optional[SplitResult]:
     """Split a URL. Returns None if it is malformed, or has a query or a fragment."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port  # raises ValueError if it is invalid
-    except ValueError:
-        return None
-    name = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"  # api.dub.co
-    ipv6 = r"\[[\da-fA-F:.]+\]"  # [2001:db8::1]
-    host_and_port = parts.netloc.rpartition("@")[2]
-    if not re.fullmatch(rf"({name}|{ipv6})(:\d+)?", host_and_port):
-        return None
     # Reject queries, fragments and anything but visible ASCII.
     if re.search("[?#]|[^!-~]", url):
         return None
-    return None if port == 0 else parts
+    try:
+        parts = urlsplit(url)
+        if parts.port == 0:  # .port raises ValueError if it is not a number up to 65535.
+            return None
+    except ValueError:
+        return None
+    hostname = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"  # api.dub.co
+    ipv6 = r"\[[\da-fA-F:]{2,45}(\.\d+){0,3}\]"  # [2001:db8::1]
+    # A proxy's URL may have user:password@ before the host.
+    host_and_port = parts.netloc.rpartition("@")[2]
+    return parts if re.fullmatch(rf"({hostname}|{ipv6})(:\d+)?", host_and_port) else None
 
 
 def _is_loopback(host: Optional[str]) -> bool:
-    return bool(re.fullmatch(r"localhost|::1|127(\.[0-9]{1,3}){3}", host or ""))
+    return bool(re.fullmatch(r"localhost\.?|[0:]+:0*1|127(\.[0-9]{1,3}){3}", host or ""))
 
 
-# --- Retries --------------------------------------------------------------------------------------
+# --- Retries --------------------------------------------------------------------------
 def _retry_delay(error: DubError, backoff: float, deadline: float) -> Optional[float]:
     """How many seconds to wait before the next try. None if there should be no next try."""
-    # Timeouts, certificates that are not trusted, and refusals of a proxy (open_tunnel() raises
-    # PermissionError).
+    # Do not retry timeouts, untrusted certificates, or a refusal by the proxy, which is a
+    # PermissionError.
     if isinstance(error.__cause__, (*_TIMEOUTS, ssl.SSLCertVerificationError, PermissionError)):
         return None
     retry_after = 0.0
@@ -657,7 +654,7 @@ def _retry_delay(error: DubError, backoff: float, deadline: float) -> Optional[f
             return None
         if error.status_code in (429, 503):
             retry_after = _parse_retry_after(error.headers) or 0.0
-    # The limit of the random part is the backoff, or more after Retry-After.
+    # The random part: up to the backoff, or up to a longer Retry-After within its limit.
     spread = max(backoff, min(retry_after, _MAX_RETRY_AFTER_SPREAD_SECONDS))
     # Assume the longest wait, so that the decision to retry is not random.
     if time.monotonic() + retry_after + spread >= deadline:
@@ -694,7 +691,7 @@ def _timestamp(date: str) -> Optional[float]:
         return None
 
 
-# --- Connections ----------------------------------------------------------------------------------
+# --- Connections ----------------------------------------------------------------------
 
 
 class _KeepAliveHandler(BaseHandler):
@@ -705,10 +702,9 @@ class _KeepAliveHandler(BaseHandler):
         self.idle: deque[_Connection] = deque()
         self.closed = False
         self.server = server
-        self.ssl_context = ssl_context  # connect() creates it if it is None.
-        self.given_ssl_context = ssl_context  # for __reduce__
-        # Used in error messages.
-        self.route = server.netloc
+        self.user_ssl_context = ssl_context  # for __reduce__
+        self.active_ssl_context = ssl_context  # connect() creates it if it is None.
+        self.route = server.netloc  # for error messages
         self.proxy = _find_proxy(server)
         self.proxy_headers: dict[str, str] = {}
         if self.proxy is not None:
@@ -720,8 +716,8 @@ class _KeepAliveHandler(BaseHandler):
                 self.proxy_headers["Proxy-Authorization"] = f"Basic {basic.decode()}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let a client be pickled and copied: as an open one, without connections."""
-        if self.given_ssl_context is not None:
+        """Let a client be pickled and deep-copied: open, and without connections."""
+        if self.user_ssl_context is not None:
             raise TypeError("a client with an ssl_context (SSLContext) cannot be pickled")
         return _KeepAliveHandler, (self.server, None)
 
@@ -734,7 +730,7 @@ class _KeepAliveHandler(BaseHandler):
             connection.sock.close()
 
     def pop_idle(self) -> collections.abc.Iterator[_Connection]:
-        """Remove idle connections, the oldest first, as those are the likeliest to be dead."""
+        """Remove idle connections, the oldest first, so that stale ones get weeded out."""
         while True:
             try:
                 connection = self.idle.popleft()
@@ -769,11 +765,11 @@ class _KeepAliveHandler(BaseHandler):
             try:
                 return self.fetch_over(connection, request, deadline)
             except OSError as error:
-                has_begun = connection.stream.received > 0
-                if has_begun or isinstance(error, _TIMEOUTS):
+                if isinstance(error, _TIMEOUTS) or connection.stream.received > 0:
                     raise
-                # The server probably closed the connection before it saw the request. Go on with
-                # another connection, without spending a retry.
+                # The server probably closed the connection before it saw the request. Use a
+                # new connection, without spending a retry.
+                break
         return self.fetch_over(self.connect(deadline), request, deadline)
 
     def fetch_over(self, connection: _Connection, request: bytes, deadline: float) -> _Response:
@@ -788,7 +784,7 @@ class _KeepAliveHandler(BaseHandler):
             self.idle.append(connection)
         else:
             connection.sock.close()
-        # close() may have been called during the request.
+        # If close() ran meanwhile, it missed the connection just added.
         if self.closed:
             self.close()
         return response
@@ -802,11 +798,11 @@ class _KeepAliveHandler(BaseHandler):
             if self.server.scheme == "https":
                 if self.proxy is not None:
                     self.open_tunnel(sock, deadline)
-                if self.ssl_context is None:
-                    self.ssl_context = ssl.create_default_context()
+                if self.active_ssl_context is None:
+                    self.active_ssl_context = ssl.create_default_context()
                 # suppress_ragged_eofs=False, because an end of the stream without a close_notify
                 # may be a truncation attack.
-                sock = self.ssl_context.wrap_socket(
+                sock = self.active_ssl_context.wrap_socket(
                     sock,
                     server_hostname=self.server.hostname,
                     do_handshake_on_connect=False,
@@ -824,7 +820,8 @@ class _KeepAliveHandler(BaseHandler):
         target = self.server.netloc
         if self.server.port is None:
             target += ":443"
-        # `tunnel` does not own the socket: dropping it leaves the socket open.
+        # Discarding `tunnel` leaves the socket open. Its buffer is empty, because the server
+        # sends nothing before the TLS handshake.
         tunnel = _Connection(sock)
         headers = {"Host": target, **self.proxy_headers}
         tunnel.send(_encode("CONNECT", target, headers), deadline)
@@ -842,7 +839,7 @@ class _KeepAliveHandler(BaseHandler):
 def _find_proxy(server: SplitResult) -> Optional[SplitResult]:
     """The proxy that is configured for the server. Raises ValueError if it is not supported."""
     if server.scheme == "http" and _is_loopback(server.hostname):
-        return None  # A proxy would send the token to another machine.
+        return None  # Unencrypted, the token must not leave this machine.
     url = getproxies().get(server.scheme)
     if not url or proxy_bypass(server.netloc):
         return None
@@ -864,7 +861,7 @@ def _create_connection(host: Optional[str], port: int, deadline: float) -> socke
     while addresses:
         family, kind, protocol, _, address = addresses.pop(0)
         timeout = deadline - time.monotonic()
-        if addresses:  # Keep at least half of the time for the others.
+        if addresses:  # Keep at least half of the time for the remaining ones.
             timeout = min(timeout / 2, _MAX_CONNECT_SECONDS)
         try:
             sock = socket.socket(family, kind, protocol)
@@ -885,18 +882,20 @@ def _create_connection(host: Optional[str], port: int, deadline: float) -> socke
 
 
 def _set_timeout(sock: socket.socket, deadline: float) -> None:
-    """Let the next operation wait until the deadline. If that has passed, do not wait."""
-    sock.settimeout(max(0, deadline - time.monotonic()))
+    """Let the next operation wait until the deadline, or not at all if the deadline is 0."""
+    left = deadline - time.monotonic()
+    if deadline > 0 and left <= 0:
+        raise socket.timeout("the deadline has passed")
+    sock.settimeout(max(0, left))
 
 
-# --- HTTP/1.1 -------------------------------------------------------------------------------------
+# --- HTTP/1.1 -------------------------------------------------------------------------
 # Matches `HTTP/1.1 200 OK`.
 _STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9][0-9][0-9])( {_HEADER_VALUE})?\r\n".encode())
-# Matches `Content-Type: application/json`, and the empty line after the headers, for which both
-# groups are None.
+# Matches `Content-Type: application/json`, or the empty line at the end (groups: None).
 _FIELD_LINE = re.compile(rf"(?:({_HEADER_NAME}):({_HEADER_VALUE}))?\r\n".encode())
 # Matches `1F;name=value`.
-_CHUNK_SIZE_LINE = re.compile(rf"([0-9A-Fa-f]{{1,8}})[ \t]*(;{_HEADER_VALUE})?\r\n".encode())
+_CHUNK_SIZE_LINE = re.compile(rf"([0-9A-Fa-f]{{1,8}})([ \t]*;{_HEADER_VALUE})?\r\n".encode())
 
 
 def _encode(method: str, target: str, headers: dict[str, str]) -> bytes:
@@ -937,7 +936,7 @@ class _Connection:
     """An HTTP/1.1 connection (RFC 9112).
 
     Unlike http.client, it is strict about where a response ends. Otherwise leftover bytes
-    could be read as the next response, and the wrong customer be returned.
+    could be read as the next response, and the wrong customer returned.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -950,7 +949,7 @@ class _Connection:
     def exchange(self, request: bytes, deadline: float) -> _Response:
         self.send(request, deadline)
         response = self.read_head()
-        # These have no body. In case one was sent anyway, do not reuse the connection.
+        # 204 and 304 have no body. In case one was sent anyway, do not reuse the connection.
         if response.status in (204, 304):
             return response._replace(keep_alive=False)
         encodings = response.headers.get_all("Transfer-Encoding", [])
@@ -1026,8 +1025,8 @@ class _Connection:
 
     def is_usable(self) -> bool:
         """Whether another request can be sent, by this process."""
-        # Wall-clock time, because the monotonic clock may stop while the machine sleeps. The
-        # clock may be set back, hence abs().
+        # Wall-clock time, because the monotonic clock may stop while the machine sleeps. abs()
+        # is for a clock that was set back.
         if abs(time.time() - self.idle_since) > _MAX_IDLE_SECONDS:
             return False
         if self.pid != os.getpid():
@@ -1038,13 +1037,14 @@ class _Connection:
         try:
             self.reader.peek(1)
         except _TIMEOUTS:
-            return True
+            return True  # There is nothing to read.
         except OSError:
             pass
+        # There was data, the end of the stream, or an error.
         return False
 
 
-# --- Responses ------------------------------------------------------------------------------------
+# --- Responses ------------------------------------------------------------------------
 _ERRORS = {
     400: BadRequest,
     401: Unauthorized,
@@ -1062,7 +1062,7 @@ def _parse_response(response: addinfourl) -> Customer:
     """The customer in a response. Raises APIError or ResponseValidationError."""
     status = response.code or 0
     headers = response.headers
-    # Not response.read(), which tempfile wraps in a new function at each call.
+    # response.read() goes through a slow wrapper of tempfile's.
     body = response.fp.read()
     if not 200 <= status < 300:
         raise _api_error(status, headers, body)
@@ -1091,7 +1091,7 @@ def _api_error(status: int, headers: Message, body: bytes) -> APIError:
     message = details.get("message") or start or "the server sent no message"
     if 300 <= status < 400 and "Location" in headers:
         message = f"redirect to {headers['Location']} not followed"
-    if status == 407:  # With https, open_tunnel() raises instead.
+    if status == 407:  # Only for http: for https, open_tunnel() raises.
         message = "the user name or password in http_proxy is missing or wrong"
     error = _ERRORS.get(status, APIError)(
         message, status, details.get("code"), details.get("doc_url"), headers, body
@@ -1115,7 +1115,7 @@ def _one_line(text: str, limit: int = 300) -> str:
     return " ".join(printable.split())
 
 
-# --- Command line ---------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------
 _EXAMPLE = b"""{
 "id": "cus_1KAP4CDPBSVMMBMH9XX3YZZ0Z", "externalId": "user_42", "name": "Ada Lovelace",
 "email": "ada@example.com", "country": "GB", "sales": 3, "saleAmount": 12900,
@@ -1133,7 +1133,7 @@ def _main() -> None:
     parser = argparse.ArgumentParser(
         description="Print a customer of your Dub workspace as JSON.",
         epilog="Example: DUB_API_KEY=dub_xxx python3 dub_customers.py ext_42 --expand. The exit"
-        " status is 0 if the customer was printed, 1 after an error, 2 for invalid arguments.",
+        " status is 0 if the customer was printed, 1 after an error, 2 after a usage error.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("id", nargs="?", metavar="ID", help="cus_..., or ext_ and an external id")
@@ -1142,7 +1142,7 @@ def _main() -> None:
     )
     parser.add_argument("--expand", action="store_true", help="add link, partner and discount")
     parser.add_argument(
-        "--server-url", default="https://api.dub.co", metavar="URL", help="(%(default)s)"
+        "--server-url", default="https://api.dub.co", metavar="URL", help="default: %(default)s"
     )
     parser.add_argument("--version", action="version", version=__version__)
     options = parser.parse_args()
@@ -1167,8 +1167,8 @@ def _print(customer: Customer) -> None:
     if sys.stdout is None:
         raise OSError("standard output is closed")
     is_utf8 = sys.stdout.encoding.lower() == "utf-8"
-    # Write through a second file object: closing it raises write errors here, not at exit. A lone
-    # surrogate becomes \udXXX, which is how JSON escapes it.
+    # Write through a second file object, because a failed flush() of sys.stdout is repeated at
+    # exit. A lone surrogate becomes \udxxx, which is how JSON escapes it.
     with open(
         sys.stdout.fileno(), "w", encoding="utf-8", errors="backslashreplace", closefd=False
     ) as file:

@@ -349,6 +349,14 @@ def read(data, at_a_time=65536, ended=False):
             assert time.process_time() - started < 3
 
 
+def test_deadline_counts_even_if_there_is_always_something_to_read():
+    near, far = socket.socketpair()
+    with near, far:
+        far.sendall(response())
+        with pytest.raises(socket.timeout):
+            dub_customers._Connection(near).exchange(b"GET", time.monotonic())
+
+
 def assert_rejected(data):
     """The reader rejects these bytes at once: whole, byte by byte, with data behind them."""
     for sent, at_a_time in ((data, 65536), (data, 1), (data + response(), 65536)):
@@ -692,15 +700,6 @@ def test_pickle_and_deepcopy_carry_the_options(api, clock, duplicate):
     assert api.requests[0].headers["Authorization"] == f"Bearer {TOKEN}"
 
 
-def test_method_get_can_be_pickled_without_the_connections(raw):
-    server = raw()
-    ask(server.client)
-    get = pickle.loads(pickle.dumps(server.client.customers.get))
-    assert get("cus_2").id == "cus_2"
-    ask(server.client)
-    assert server.served == [1, 2, 1]
-
-
 @parametrize("duplicate", [pickle.dumps, copy.deepcopy])
 def test_ssl_context_is_never_silently_lost(duplicate, tls):
     with pytest.raises(TypeError, match="SSLContext"):
@@ -918,7 +917,7 @@ def test_http_headers_are_sent_once_in_place_of_ours(raw, names, value):
     assert fields_of(server.requests[0]) == expected_fields(server, **sent)
 
 
-BAD_NAMES = ["", "X Y", "X:", "X\n", "é", "Y(", "X\0", "Y/", 1, b"X", "connection"]
+BAD_NAMES = ["", "X Y", "X:", "X\n", "é", "Y(", "X\0", "Y/", "connection"]
 BAD_NAMES += ["Content-Length", "TRANSFER-ENCODING", "Proxy-Authorization"]
 BAD_VALUES = ["a\nY: b", "\ra", "\0", "\x1f", "\x7f", "\u0100", 1, b"a"]
 BAD_HEADERS = [(name, "a") for name in BAD_NAMES] + [("X-Odd", value) for value in BAD_VALUES]
@@ -929,6 +928,12 @@ def test_http_headers_that_cannot_be_sent_are_refused(api, name, value):
     told = refusal(api.client.customers.get, "cus_1", http_headers={"X-Good": "a", name: value})
     expected = re.escape(str(name).replace("\n", "").replace("\0", ""))
     assert re.match(f"(Value|Type)Error: http_headers: .*{expected}", told)
+
+
+@parametrize("name", [1, b"X"])
+def test_name_of_a_header_must_be_a_string(api, name):
+    with pytest.raises(TypeError):
+        api.client.customers.get("cus_1", http_headers={name: "a"})
 
 
 @parametrize("source", ["token", "token()", "DUB_API_KEY"])
@@ -1074,10 +1079,9 @@ NO_DATE = "X: y"
 MOMENTS = [("007", DATE, 7), ("1000000000500", DATE, 10.5), ("1000000000500", NO_DATE, 0.5)]
 MOMENTS += [("1000000000500", "Date: yesterday", 0.5), (DATE[6:], DATE, 0), (DATE[6:], NO_DATE, 0)]
 MOMENTS += [("Sun, 09 Sep 2001 01:46:40 GMT", DATE, 10)]
-MOMENTS += [("Sun, 09 Sep 2001 03:46:40 +0200", DATE, 10)]
 NONSENSE = ["", "soon", "-5", "1.5", "1234567890", "12345678901234", "9" * 400]
 # Python's own functions raise several kinds of errors for these.
-NONSENSE += ["6 Nov 1994 1.2.3.4 GMT", "31 Dec 9999 23 -9999"]
+NONSENSE += ["6 Nov 1994 1.2.3.4 GMT", "31 Dec 9999 23 -9999", "6 Nov 1994 1:2:3 -" + "9" * 400]
 
 
 @parametrize(("value", "date", "seconds"), MOMENTS + [(text, DATE, None) for text in NONSENSE])
@@ -1121,15 +1125,20 @@ def test_packets_are_not_delayed(raw, monkeypatch):
     assert options == [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)] * 2  # at both ends
 
 
-def open_many(raw, count):
-    """A server whose client has idle connections. The one made last is idle the longest."""
+def open_many(raw, count, again=True):
+    """A server whose client has idle connections. The one made last is idle the longest.
+
+    again: whether these connections serve another request, rather than end.
+    """
 
     def script(peer):
         peer.request()
         if peer.number < count:
             ask(server.client)
         peer.send(response())
-        peer.answer_by_id()
+        if again or peer.number > count:
+            peer.answer_by_id()
+        peer.request()
 
     server = raw(script)
     ask(server.client)
@@ -1207,6 +1216,12 @@ def test_kept_connection_that_fails_is_replaced_if_no_byte_came(
         ask(server.client)
         assert connections == 2
     assert server.connections == connections
+
+
+def test_kept_connection_that_fails_is_replaced_by_a_new_one(raw):
+    server = open_many(raw, 3, again=False)
+    ask(server.client)
+    assert server.connections == 4
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")

@@ -12,7 +12,7 @@
             print("failed:", error)
 
 API reference: https://dub.co/docs/api-reference/endpoint/retrieve-a-customer
-To update a copy of this file (project dub_customers), replace the whole file.
+To update a copy of this file, replace the whole file.
 """
 
 from __future__ import annotations
@@ -417,12 +417,13 @@ class Dub:
         self._timeout_ms = timeout_ms
         self._max_retries = max_retries
         self._handler = _KeepAliveHandler(server, ssl_context)
-        # urllib's opener is used so that OpenTelemetry and the like, which instrument it, see
-        # the requests. It has no redirect handler, which would send the token to another host.
+        # Requests go through urllib's opener so that tools that patch it, such as OpenTelemetry,
+        # see them. A redirect handler, which it lacks, would send the token to another host.
         self._opener = OpenerDirector()
         self._opener.add_handler(self._handler)
-        # add_handler() sets handler.parent. Delete it to break the reference cycle, so that
-        # dropping the client closes its connections and frees its SSLContext at once.
+        # add_handler() sets handler.parent, which nothing here uses. Delete it to break the
+        # reference cycle: then dropping the client closes its connections and frees its
+        # SSLContext at once.
         del self._handler.parent
 
     @property
@@ -488,7 +489,7 @@ class Customers:
             token = client._token
             if callable(token):
                 token = _checked_token("token()", token())
-            # Request() normalizes the case of names, so the caller's headers, which come last, win.
+            # Names may differ in case here. Request() capitalizes them, and the last one wins.
             all_headers = {**_HEADERS, "Authorization": "Bearer " + token, **headers}
             http_request = Request(client._server_url + path, headers=all_headers)
             try:
@@ -595,11 +596,11 @@ def _customer_path(id: Any, include_expanded_fields: Any, request: Any) -> str:
         id = request.get("id")
         include_expanded_fields = request.get("include_expanded_fields")
     _check_type("id", id, str)
-    # Servers resolve "." and ".." even when encoded. "ext_" alone probably means an empty
-    # variable. Lone surrogates cannot be encoded.
+    # Servers resolve "." and ".." even when encoded. After "ext_", a part is missing. Lone
+    # surrogates cannot be encoded.
     if id in ("", ".", "..", "ext_") or re.search("[\ud800-\udfff]", id):
         raise ValueError(f"id: empty, incomplete or not valid Unicode: {id[:99]!r}")
-    # In other ids, dots are encoded so that Dub's server (Next.js) does not strip ".rsc".
+    # Encode dots, or Dub's server (Next.js) would strip a final ".rsc".
     path = "/customers/" + quote(id, safe="").replace(".", "%2E")
     if include_expanded_fields is not None:
         _check_type("include_expanded_fields", include_expanded_fields, bool)
@@ -626,18 +627,22 @@ def _split_url(url: str) -> Optional[SplitResult]:
         return None
     try:
         parts = urlsplit(url)
-        if parts.port == 0:  # .port raises ValueError if it is not a number up to 65535.
+        if parts.port == 0:
             return None
     except ValueError:
+        # The port is not a number up to 65535, or the brackets do not match.
         return None
-    hostname = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"  # api.dub.co
-    ipv6 = r"\[[\da-fA-F:]{2,45}(\.\d+){0,3}\]"  # [2001:db8::1]
+    # api.dub.co
+    hostname = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"
+    # [2001:db8::1], [::ffff:192.0.2.1]
+    ipv6 = r"\[[\da-fA-F:]{2,45}(\.\d+){0,3}\]"
     # A proxy's URL may have user:password@ before the host.
     host_and_port = parts.netloc.rpartition("@")[2]
     return parts if re.fullmatch(rf"({hostname}|{ipv6})(:\d+)?", host_and_port) else None
 
 
 def _is_loopback(host: Optional[str]) -> bool:
+    # localhost, ::1 in any spelling, 127.0.0.1
     return bool(re.fullmatch(r"localhost\.?|[0:]+:0*1|127(\.[0-9]{1,3}){3}", host or ""))
 
 
@@ -654,7 +659,7 @@ def _retry_delay(error: DubError, backoff: float, deadline: float) -> Optional[f
             return None
         if error.status_code in (429, 503):
             retry_after = _parse_retry_after(error.headers) or 0.0
-    # The random part: up to the backoff, or up to a longer Retry-After within its limit.
+    # Jitter: up to the backoff, or up to Retry-After (at most 4 s) if that is longer.
     spread = max(backoff, min(retry_after, _MAX_RETRY_AFTER_SPREAD_SECONDS))
     # Assume the longest wait, so that the decision to retry is not random.
     if time.monotonic() + retry_after + spread >= deadline:
@@ -716,7 +721,7 @@ class _KeepAliveHandler(BaseHandler):
                 self.proxy_headers["Proxy-Authorization"] = f"Basic {basic.decode()}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let a client be pickled and deep-copied: open, and without connections."""
+        """Pickling or deep-copying a client yields an open one without connections."""
         if self.user_ssl_context is not None:
             raise TypeError("a client with an ssl_context (SSLContext) cannot be pickled")
         return _KeepAliveHandler, (self.server, None)
@@ -730,7 +735,7 @@ class _KeepAliveHandler(BaseHandler):
             connection.sock.close()
 
     def pop_idle(self) -> collections.abc.Iterator[_Connection]:
-        """Remove idle connections, the oldest first, so that stale ones get weeded out."""
+        """Remove and yield idle connections one by one, oldest first, to weed out stale ones."""
         while True:
             try:
                 connection = self.idle.popleft()
@@ -740,7 +745,7 @@ class _KeepAliveHandler(BaseHandler):
 
     def http_open(self, request: Request) -> addinfourl:
         """Send a request and read the response. Raises OSError."""
-        # OpenerDirector.open sets request.timeout.
+        # OpenerDirector.open sets request.timeout. `or 0` is for type checkers.
         deadline = time.monotonic() + (request.timeout or 0)
         headers = {"Host": self.server.netloc, **dict(request.header_items())}
         target = request.selector
@@ -820,8 +825,8 @@ class _KeepAliveHandler(BaseHandler):
         target = self.server.netloc
         if self.server.port is None:
             target += ":443"
-        # Discarding `tunnel` leaves the socket open. Its buffer is empty, because the server
-        # sends nothing before the TLS handshake.
+        # `tunnel` only reads the proxy's reply. Dropping it does not close the socket, and what
+        # it may have read too much is not from the server, which waits for the TLS handshake.
         tunnel = _Connection(sock)
         headers = {"Host": target, **self.proxy_headers}
         tunnel.send(_encode("CONNECT", target, headers), deadline)
@@ -839,7 +844,7 @@ class _KeepAliveHandler(BaseHandler):
 def _find_proxy(server: SplitResult) -> Optional[SplitResult]:
     """The proxy that is configured for the server. Raises ValueError if it is not supported."""
     if server.scheme == "http" and _is_loopback(server.hostname):
-        return None  # Unencrypted, the token must not leave this machine.
+        return None  # Do not send unencrypted loopback requests to a proxy.
     url = getproxies().get(server.scheme)
     if not url or proxy_bypass(server.netloc):
         return None
@@ -882,7 +887,7 @@ def _create_connection(host: Optional[str], port: int, deadline: float) -> socke
 
 
 def _set_timeout(sock: socket.socket, deadline: float) -> None:
-    """Let the next operation wait until the deadline, or not at all if the deadline is 0."""
+    """Let the next operation wait until the deadline. If that is 0, do not wait."""
     left = deadline - time.monotonic()
     if deadline > 0 and left <= 0:
         raise socket.timeout("the deadline has passed")
@@ -1031,8 +1036,8 @@ class _Connection:
             return False
         if self.pid != os.getpid():
             return False
-        # There must be nothing to read. Data would be unsolicited, and an end of the stream
-        # means that the server has closed the connection.
+        # There must be nothing to read: data would be unsolicited, and an end of the stream means
+        # that the server has closed. Then peek(), which does not wait, raises a timeout.
         self.stream.deadline = 0.0
         try:
             self.reader.peek(1)
@@ -1062,7 +1067,7 @@ def _parse_response(response: addinfourl) -> Customer:
     """The customer in a response. Raises APIError or ResponseValidationError."""
     status = response.code or 0
     headers = response.headers
-    # response.read() goes through a slow wrapper of tempfile's.
+    # response.read() is slow, because addinfourl wraps it with tempfile.
     body = response.fp.read()
     if not 200 <= status < 300:
         raise _api_error(status, headers, body)
@@ -1083,7 +1088,8 @@ def _parse_response(response: addinfourl) -> Customer:
 
 def _api_error(status: int, headers: Message, body: bytes) -> APIError:
     details = {}
-    # Dub sends {"error": {"code": ..., "message": ..., "doc_url": ...}}.
+    # Dub sends {"error": {"code": ..., "message": ..., "doc_url": ...}}. Any other shape has no
+    # details.
     with contextlib.suppress(LookupError, TypeError, AttributeError):
         fields = _decode_json(body)["error"].items()
         details = {key: value for key, value in fields if isinstance(value, str)}
@@ -1091,8 +1097,9 @@ def _api_error(status: int, headers: Message, body: bytes) -> APIError:
     message = details.get("message") or start or "the server sent no message"
     if 300 <= status < 400 and "Location" in headers:
         message = f"redirect to {headers['Location']} not followed"
-    if status == 407:  # Only for http: for https, open_tunnel() raises.
-        message = "the user name or password in http_proxy is missing or wrong"
+    # This is from a proxy for http. With https, open_tunnel() raises.
+    if status == 407 and not details:
+        message = "the user name or password for a proxy (http_proxy) is missing or wrong"
     error = _ERRORS.get(status, APIError)(
         message, status, details.get("code"), details.get("doc_url"), headers, body
     )
@@ -1104,7 +1111,7 @@ def _api_error(status: int, headers: Message, body: bytes) -> APIError:
 def _decode_json(body: bytes) -> Any:
     """The decoded JSON, or None if it is not valid. There may be a byte order mark."""
     try:
-        return json.loads(body.decode().lstrip("\ufeff"))
+        return json.loads(body.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
 
@@ -1151,6 +1158,7 @@ def _main() -> None:
             customer = _demo()
         else:
             with Dub(server_url=options.server_url) as client:
+                # Without --expand, None omits the parameter.
                 customer = client.customers.get(
                     options.id, include_expanded_fields=options.expand or None
                 )
@@ -1167,8 +1175,9 @@ def _print(customer: Customer) -> None:
     if sys.stdout is None:
         raise OSError("standard output is closed")
     is_utf8 = sys.stdout.encoding.lower() == "utf-8"
-    # Write through a second file object, because a failed flush() of sys.stdout is repeated at
-    # exit. A lone surrogate becomes \udxxx, which is how JSON escapes it.
+    # Write through a second file object, so that a failed write is not reported again at exit.
+    # Text is ASCII unless standard output is UTF-8. A lone surrogate becomes \udxxx, which is
+    # how JSON escapes it.
     with open(
         sys.stdout.fileno(), "w", encoding="utf-8", errors="backslashreplace", closefd=False
     ) as file:

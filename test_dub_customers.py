@@ -918,9 +918,26 @@ def test_http_headers_are_sent_once_in_place_of_ours(raw, names, value):
     assert fields_of(server.requests[0]) == expected_fields(server, **sent)
 
 
-BAD_NAMES = ["", "X Y", "X:", "X\n", "é", "Y(", "X\0", "Y/", "connection"]
+BAD_NAMES = [
+    "",
+    "X Y",
+    "X:",
+    "X\n",
+    "é",
+    "Y(",
+    "X\0",
+    "Y/",
+    "connection",
+]
 BAD_NAMES += ["Content-Length", "TRANSFER-ENCODING", "Proxy-Authorization"]
-BAD_VALUES = ["a\nY: b", "\0", "\x7f", "\u0100", 1, b"a"]
+BAD_VALUES = [
+    "a\nY: b",
+    "\0",
+    "\x7f",
+    "\u0100",
+    1,
+    b"a",
+]
 BAD_HEADERS = [(name, "a") for name in BAD_NAMES] + [("X-Odd", value) for value in BAD_VALUES]
 
 
@@ -1080,7 +1097,14 @@ NO_DATE = "X: y"
 MOMENTS = [("007", DATE, 7), ("1000000000500", DATE, 10.5), ("1000000000500", NO_DATE, 0.5)]
 MOMENTS += [("1000000000500", "Date: yesterday", 0.5), (DATE[6:], DATE, 0), (DATE[6:], NO_DATE, 0)]
 MOMENTS += [("Sun, 09 Sep 2001 01:46:40 GMT", DATE, 10)]
-NONSENSE = ["", "soon", "-5", "1234567890", "12345678901234", "9" * 400]
+NONSENSE = [
+    "",
+    "soon",
+    "-5",
+    "1234567890",
+    "12345678901234",
+    "9" * 400,
+]
 # Python's own functions raise several kinds of errors for these.
 NONSENSE += ["6 Nov 1994 1.2.3.4 GMT", "31 Dec 9999 23 -9999", "6 Nov 1994 1:2:3 -" + "9" * 400]
 
@@ -1430,45 +1454,79 @@ def test_end_of_the_stream_counts_only_if_tls_confirms_it(raw, tls):
 # --- HTTP/1.1 -----------------------------------------------------------------------------
 # A response is understood by the letter of RFC 9112, or rejected and its connection closed.
 
-# fmt: off
 BAD_STATUS_LINES = [
-    b"HTTP/2 200 OK", b"http/1.1 200 OK", b"HTTP/1.1",
-    b"HTTP/1.1 20 OK", b"HTTP/1.1 099 OK", b"HTTP/1.1  200 OK",
-    b"HTTP/1.1\t200 OK", b"HTTP/1.1 200 O\0K",
+    b"HTTP/2 200 OK",
+    b"http/1.1 200 OK",
+    b"HTTP/1.1",
+    b"HTTP/1.1 20 OK",
+    b"HTTP/1.1 099 OK",
+    b"HTTP/1.1  200 OK",
+    b"HTTP/1.1\t200 OK",
+    b"HTTP/1.1 200 O\0K",
     # An empty line before it, a bare line feed, a bare carriage return.
-    b"\r\nHTTP/1.1 200 OK", b"HTTP/1.1 200 OK\nX: y", b"HTTP/1.1 200 OK\rX: y",
+    b"\r\nHTTP/1.1 200 OK",
+    b"HTTP/1.1 200 OK\nX: y",
+    b"HTTP/1.1 200 OK\rX: y",
     # TLS.
     b"\x15\3\1\0\2\2\n",
 ]
 BAD_FIELDS = [
-    b"Nonsense", b": y", b"X : y", b"\xdc: y", b"(: y", b"X: y\0",
-    b"X: \x1f", b"X: y\nZ: 1", b"X: y\r",
+    b"Nonsense",
+    b": y",
+    b"X : y",
+    b"\xdc: y",
+    b"(: y",
+    b"X: y\0",
+    b"X: \x1f",
+    b"X: y\nZ: 1",
+    b"X: y\r",
     # A folded line, and a blank before the first name.
-    b"X: y\r\n z: 1", b" X: y",
+    b"X: y\r\n z: 1",
+    b" X: y",
 ]
 BAD_LENGTHS = [
-    b"", b"+2", b"2_0", b"2,2", b"9" * 100,
+    b"",
+    b"+2",
+    b"2_0",
+    b"2,2",
+    b"9" * 100,
     # Digits, but not ASCII.
-    "\u0662".encode(), b"2\r\nContent-Length: 2", b"2\r\nContent-Length: 3",
+    "\u0662".encode(),
+    b"2\r\nContent-Length: 2",
+    b"2\r\nContent-Length: 3",
     # More than the limit.
     b"1048577",
 ]
 BAD_CODINGS = [
-    b"", b"gzip", b"chunked,",
-    b"chunked\r\nTransfer-Encoding: chunked", b"chunked\r\nContent-Length: 12",
+    b"",
+    b"gzip",
+    b"chunked,",
+    b"chunked\r\nTransfer-Encoding: chunked",
+    b"chunked\r\nContent-Length: 12",
 ]
 BAD_CHUNKS = [
-    b"\r\n", b"g\r\n", b" 2\r\n",
-    b"000000002\r\n{}\r\n", b"2\n{}\r\n", b"2;\0\r\n",
+    b"\r\n",
+    b"g\r\n",
+    b" 2\r\n",
+    b"000000002\r\n{}\r\n",
+    b"2\n{}\r\n",
+    b"2;\0\r\n",
     # Fewer or more bytes than the size says.
-    b"1\r\n{}\r\n", b"3\r\n{}\r\n\r\n",
+    b"1\r\n{}\r\n",
+    b"3\r\n{}\r\n\r\n",
     # The line end after the bytes.
-    b"2\r\n{}\n0\r\n\r\n", b"2\r\n{}xx",
+    b"2\r\n{}\n0\r\n\r\n",
+    b"2\r\n{}xx",
     # Trailers.
-    b"0\r\nx\r\n\r\n", b"0\r\nX : y\r\n\r\n", b"0\r\n\n\r\n",
+    b"0\r\nx\r\n\r\n",
+    b"0\r\nX : y\r\n\r\n",
+    b"0\r\n\n\r\n",
 ]
 GOOD_HEADS = [
-    b"HTTP/1.1 200\r\n", b"HTTP/1.1 200 \r\n", b"HTTP/1.1 200 \xdc \t a: b\r\n", OK + b"X:\r\n",
+    b"HTTP/1.1 200\r\n",
+    b"HTTP/1.1 200 \r\n",
+    b"HTTP/1.1 200 \xdc \t a: b\r\n",
+    OK + b"X:\r\n",
     OK + b"!#$%&'*+.^_`|~-09azAZ: \t ~\x80\xff\r\n",
     OK + b"Connection: keep-alive, closed\r\nConnection: x-close\r\n",
     # A pattern that is not linear would take half a minute.
@@ -1478,17 +1536,20 @@ GOOD_HEADS = [
     b"HTTP/1.1 103 X\r\nContent-Length: 5\r\n\r\nHTTP/1.1 199 X\r\n\r\n" + OK,
 ]
 GOOD_CHUNKS = [
-    b"A\r\n0123456789\r\n0\r\n\r\n", b"1\r\n0\r\n9\r\n123456789\r\n0\r\n\r\n",
+    b"A\r\n0123456789\r\n0\r\n\r\n",
+    b"1\r\n0\r\n9\r\n123456789\r\n0\r\n\r\n",
     b'0000000a \t;a="b"; q\xdc\r\n0123456789\r\n00;x\r\nX: y\r\nContent-Length: 5\r\n\r\n',
 ]
 CLOSING_HEADS = [
-    b"HTTP/1.0 200 OK\r\n", b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\n",
-    OK + b"Connection: CLOSE\r\n", OK + b"connection: keep-alive ,\tclose\r\n",
+    b"HTTP/1.0 200 OK\r\n",
+    b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\n",
+    OK + b"Connection: CLOSE\r\n",
+    OK + b"connection: keep-alive ,\tclose\r\n",
     OK + b"Connection: x\r\nConnection: close\r\n",
     # After interim responses.
-    b"HTTP/1.1 100 X\r\nConnection: close\r\n\r\n" + OK, b"HTTP/1.0 100 X\r\n\r\n" + OK,
+    b"HTTP/1.1 100 X\r\nConnection: close\r\n\r\n" + OK,
+    b"HTTP/1.0 100 X\r\n\r\n" + OK,
 ]
-# fmt: on
 
 
 END = b"\r\nContent-Length: 2\r\n\r\n{}"

@@ -985,6 +985,7 @@ def test_str_subclass_counts_by_its_value(raw):
 
 
 GOOD_URLS = """http://localhost http://LOCALHOST:80 http://127.9.8.77 http://[::1]:8
+http://localhost.:1 http://[0:0:0:0:0:0:0:1]
 https://x.example./v1// https://a_b-c https://[::ffff:10.0.0.1] HTTPS://h:65535/a%20b""".split()
 
 
@@ -995,7 +996,7 @@ def test_server_url_is_accepted(url):
 
 BAD_URLS = """api.dub.co ftp://h https:///p https://:80 https://h/?q https://h# https://h:
 https://h:x https://h:0 https://h:65536 https://h:٣ https://a..b https://dübb.co https://h/é
-https://[::1 https://[v1.a] https://[::1]x""".split()
+https://[::1 https://[v1.a] https://[::1]x https://[..]:1""".split()
 BAD_URLS += ["", "https://h/a b", "https://h\n", "https://" + "a" * 64]
 BAD_URLS += ["https://u:s3cr3t@h", "s3cr3t@h:x", "http://h:x/@s3cr3t"]
 
@@ -1095,10 +1096,8 @@ MOMENTS += [("1000000000500", "Date: yesterday", 0.5), (DATE[6:], DATE, 0), (DAT
 MOMENTS += [("Sun, 09 Sep 2001 01:46:40 GMT", DATE, 10)]
 NONSENSE = [
     "",
-    "soon",
     "1234567890",
     "12345678901234",
-    "9" * 400,
 ]
 # Python's own functions raise several kinds of errors for these.
 NONSENSE += ["6 Nov 1994 1.2.3.4 GMT", "31 Dec 9999 23 -9999", "6 Nov 1994 1:2:3 -" + "9" * 400]
@@ -1242,7 +1241,7 @@ def test_kept_connection_that_fails_is_replaced_if_no_byte_came(
 def test_kept_connection_that_fails_is_replaced_by_a_new_one(raw):
     server = open_many(raw, 3, again=False)
     ask(server.client)
-    assert server.connections == 4
+    assert len(server.requests) == 5  # one of them over a kept connection
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -1500,6 +1499,7 @@ BAD_CHUNKS = [
     b"\r\n",
     b"g\r\n",
     b" 2\r\n",
+    b"2 \r\n{}\r\n0\r\n\r\n",
     b"000000002\r\n{}\r\n",
     b"2\n{}\r\n",
     b"2;\0\r\n",

@@ -1,26 +1,18 @@
 # SPDX-License-Identifier: 0BSD
+# pyright: reportPrivateUsage=false
 """Retrieve a customer from the Dub API as a typed object: one file, for Python 3.8 and up.
 
-    from dub_customers import Dub, DubError, NotFound
-
+    from dub_customers import Dub
     with Dub() as client:  # reads the API key from the environment variable DUB_API_KEY
-        try:
-            print(client.customers.get("ext_42", include_expanded_fields=True))
-        except NotFound:
-            print("there is no such customer")
-        except DubError as error:  # the base class of API and network errors
-            print("failed:", error)
+        print(client.customers.get("ext_42", include_expanded_fields=True))
 
 API reference: https://dub.co/docs/api-reference/endpoint/retrieve-a-customer
-To update a copy of this file, replace the whole file.
 """
 
 from __future__ import annotations
 
 import base64
 import calendar
-import collections.abc
-import contextlib
 import io
 import json
 import logging
@@ -33,46 +25,39 @@ import ssl
 import sys
 import time
 import warnings
-from collections import deque
+from collections import abc, deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from typing import Any, Callable, Mapping, NamedTuple, Optional, TypedDict, TypeVar, Union
-from urllib.parse import SplitResult, quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote_to_bytes, urlsplit
 from urllib.request import BaseHandler, OpenerDirector, Request, getproxies, proxy_bypass
 from urllib.response import addinfourl
 
 __version__ = "1.2.0"
 
 __all__ = [
-    "APIError", "BadRequest", "Conflict", "Customer", "Customers", "Discount", "Dub",
-    "DubError", "Forbidden", "GetCustomerRequest", "InternalServerError", "InviteExpired",
-    "Link", "NoResponseError", "NotFound", "Partner", "RateLimitExceeded", "RequestTimeout",
+    "APIError", "BadRequest", "Conflict", "Customer", "Customers", "Discount", "Dub", "DubError",
+    "Forbidden", "GetCustomerRequest", "InternalServerError", "InviteExpired", "Link",
+    "NoResponseError", "NotFound", "Partner", "RateLimitExceeded", "RequestTimeout",
     "ResponseValidationError", "Unauthorized", "UnprocessableEntity",
 ]  # fmt: skip
 
-# Each retry waits a random time up to a limit, which doubles. A random extra is also added to
-# Retry-After, so that clients do not all retry at the same moment.
+# Retries wait for a random time, so that clients do not all retry at the same moment.
 _FIRST_BACKOFF_SECONDS = 0.5
 _MAX_BACKOFF_SECONDS = 8
-_MAX_RETRY_AFTER_SPREAD_SECONDS = 4
-# Connect timeout for each resolved address but the last, so that broken IPv6 cannot use up
-# all the time.
-_MAX_CONNECT_SECONDS = 3
+_MAX_RETRY_AFTER_JITTER_SECONDS = 4
+# If a host has several addresses, the limit for each but the last, as IPv6 may be broken.
+_MAX_SECONDS_PER_ADDRESS = 3
 # Firewalls silently drop connections that are idle for minutes.
 _MAX_IDLE_SECONDS = 60
 # One for each thread of a ThreadPoolExecutor of the default size (at most 32).
 _MAX_IDLE_CONNECTIONS = 32
-_MAX_RESPONSE_BYTES = 1024 * 1024  # a response usually has 2 to 100 kB
+_MAX_RESPONSE_BYTES = 1024 * 1024  # usually 2 to 100 kB
 
-# What a socket raises when an operation times out. With a timeout of 0 (non-blocking), it is
-# BlockingIOError or SSLWantReadError.
-_TIMEOUTS = (
-    TimeoutError,
-    socket.timeout,  # an alias of TimeoutError since Python 3.10
-    BlockingIOError,
-    ssl.SSLWantReadError,
-)
+_logger = logging.getLogger(__name__)
+_TIMEOUTS = (TimeoutError, socket.timeout)  # the same class since Python 3.10
 
 
 # --- Errors ---------------------------------------------------------------------------
@@ -80,16 +65,17 @@ class DubError(Exception):
     """Base class of all API and network errors. Misuse raises TypeError or ValueError."""
 
     def __str__(self) -> str:
-        return _one_line(super().__str__())
+        return _short_line(super().__str__())
 
 
 class APIError(DubError):
-    """The response has a status other than 2xx. The subclass depends on the status.
+    """The response has a status other than 2xx, such as 502. Some statuses have a subclass.
 
-    status_code: the HTTP status. Statuses without a subclass, such as 502, raise APIError.
-    code, message, doc_url: see https://dub.co/docs/api-reference/errors. Without a message
-        from Dub, `message` is the start of the body. `code` and `doc_url` may be None.
+    status_code: the HTTP status.
+    code, doc_url: from Dub (https://dub.co/docs/api-reference/errors), or None.
+    message: from Dub, or the start of the body, or a note on a redirect.
     headers: an `email.message.Message`. body: the content of the response.
+    retry_after: for 429 and 503, the seconds to wait after the response came, or None.
     """
 
     def __init__(
@@ -101,6 +87,7 @@ class APIError(DubError):
         headers: Optional[Message] = None,
         body: bytes = b"",
     ) -> None:
+        # Unpickling passes only the message, so the others need defaults.
         super().__init__(message)
         self.message = message
         self.status_code = status_code
@@ -108,12 +95,15 @@ class APIError(DubError):
         self.doc_url = doc_url
         self.headers = headers or Message()
         self.body = body
+        self.retry_after: Optional[float] = None
 
     def __str__(self) -> str:
         status = str(self.status_code)
         if self.code:
             status += " " + self.code
-        return _one_line(f"{status}: {self.message}")
+        if self.retry_after is not None:
+            status += f", retry after {math.ceil(self.retry_after)} seconds"
+        return _short_line(f"{status}: {self.message}")
 
 
 class BadRequest(APIError):
@@ -145,9 +135,7 @@ class UnprocessableEntity(APIError):
 
 
 class RateLimitExceeded(APIError):
-    """429. `retry_after`: seconds to wait after the response came, or None."""
-
-    retry_after: Optional[float] = None
+    """429: too many requests in a minute. `retry_after` tells how long to wait."""
 
 
 class InternalServerError(APIError):
@@ -155,15 +143,15 @@ class InternalServerError(APIError):
 
 
 class NoResponseError(DubError):
-    """No complete, valid response: the network, TLS or a proxy failed. See `__cause__`."""
+    """No complete, valid response: the network, TLS, a proxy or the server failed."""
 
 
 class RequestTimeout(NoResponseError, TimeoutError):
-    """The call took longer than `timeout_ms`. (Status 408 is a plain APIError.)"""
+    """The call took longer than `timeout_ms`, or the OS gave up earlier. Not retried."""
 
 
 class ResponseValidationError(DubError):
-    """The response has status 2xx, but its content (`body`) is not a valid customer."""
+    """The status is 2xx, but the response is not 200 with a valid customer. See `body`."""
 
     def __init__(self, message: str = "", *, body: bytes = b"") -> None:
         super().__init__(message)
@@ -171,15 +159,6 @@ class ResponseValidationError(DubError):
 
 
 # --- Models ---------------------------------------------------------------------------
-_JSON_NAMES: dict[type, str] = {
-    str: "string",
-    int: "number",
-    float: "number",
-    bool: "boolean",
-    dict: "object",
-    list: "array",
-    type(None): "null",
-}
 _Model = TypeVar("_Model", "Link", "Partner", "Discount")
 
 
@@ -220,10 +199,19 @@ class _JsonObject:
         return None if value is None else model.from_json(value, f"{self._path}.{key}")
 
 
+# float is left out, because for NaN, the error should say "got nan" and not "got number".
+_JSON_NAMES: dict[type, str] = {
+    str: "string",
+    int: "number",
+    bool: "boolean",
+    dict: "object",
+    list: "array",
+    type(None): "null",
+}
+
+
 def _mismatch(path: str, expected: str, value: object) -> ResponseValidationError:
-    got = _JSON_NAMES.get(type(value), type(value).__name__)
-    if got == expected:  # NaN and Infinity are numbers to Python: show them
-        got = str(value)
+    got = _JSON_NAMES.get(type(value), repr(value))
     return ResponseValidationError(f"{path}: expected {expected}, got {got}")
 
 
@@ -361,13 +349,10 @@ class Customer:
 
 
 # --- Client ---------------------------------------------------------------------------
-class _RequiredKeys(TypedDict):  # typing.Required needs Python 3.11
+class GetCustomerRequest(TypedDict, total=False):
+    """The `request` of `customers.get`. `id` is required (typing.Required needs 3.11)."""
+
     id: str
-
-
-class GetCustomerRequest(_RequiredKeys, total=False):
-    """The `request` of `customers.get`. `include_expanded_fields` may be left out."""
-
     include_expanded_fields: Optional[bool]
 
 
@@ -377,19 +362,14 @@ class Dub:
     token: an API key, or a function that returns one and is called before each request.
         If it is None, the key is read from the environment variable DUB_API_KEY.
     server_url: http(s)://host[:port][/path]. Plain http emits a warning, except to loopback.
-    timeout_ms: the longest that a call may take, in milliseconds, retries included. It
-        cannot interrupt name resolution, a token function, or OpenSSL while a server floods
-        it with handshake messages.
-    max_retries: how many times a failed request may be sent again.
+    timeout_ms: how many milliseconds a call may take, retries included. It cannot interrupt
+        name resolution, a token function, or OpenSSL as long as handshake data keeps coming.
+    max_retries: how many times a failed request may be sent again. Stale connections do not count.
     ssl_context: used in place of `ssl.create_default_context()`.
 
-    Raises TypeError or ValueError if an argument is invalid. A proxy is looked up when the
-    client is created, as urllib does it: in the environment (`https_proxy`) or the system's
-    settings.
-
-    Threads can share a client. It can be used after a fork. A pickle contains the token; a
-    client with an `ssl_context` cannot be pickled. `close()` or the end of `with` closes its
-    connections.
+    Invalid arguments raise TypeError or ValueError. The proxy is looked up here, as urllib does
+    it: in the environment (`https_proxy`) or the system's settings. Threads can share a client.
+    It can be used after a fork, and pickled (with its token) unless it has an `ssl_context`.
     """
 
     def __init__(
@@ -402,9 +382,7 @@ class Dub:
         ssl_context: Optional[ssl.SSLContext] = None,
     ) -> None:
         if token is None:
-            if "DUB_API_KEY" not in os.environ:
-                raise ValueError("no API key: set it with `export DUB_API_KEY=dub_xxx`")
-            token = _checked_token("DUB_API_KEY", os.environ["DUB_API_KEY"])
+            token = _checked_token("DUB_API_KEY", os.environ.get("DUB_API_KEY", ""))
         elif not callable(token):
             token = _checked_token("token", token)
         server = _split_server_url(server_url)
@@ -418,12 +396,10 @@ class Dub:
         self._max_retries = max_retries
         self._handler = _KeepAliveHandler(server, ssl_context)
         # Requests go through urllib's opener so that tools that patch it, such as OpenTelemetry,
-        # see them. A redirect handler, which it lacks, would send the token to another host.
+        # see them. Only our handler is added: it keeps connections open, and never redirects.
         self._opener = OpenerDirector()
         self._opener.add_handler(self._handler)
-        # add_handler() sets handler.parent, which nothing here uses. Delete it to break the
-        # reference cycle: then dropping the client closes its connections and frees its
-        # SSLContext at once.
+        # add_handler() set handler.parent. The cycle would delay its __del__, which closes sockets.
         del self._handler.parent
 
     @property
@@ -442,8 +418,6 @@ class Dub:
         self.close()
 
 
-# Customers uses private attributes of Dub.
-# pyright: reportPrivateUsage=false
 class Customers:
     """The customers of a workspace. Use it as `Dub(...).customers`."""
 
@@ -468,22 +442,20 @@ class Customers:
         timeout_ms, max_retries: override those of the client.
         http_headers: extra headers, which override the client's own.
 
-        Raises a DubError: an APIError (NotFound, RateLimitExceeded, ...) if the server sends
-        an error, a NoResponseError if there is no response (RequestTimeout if it takes too
-        long), or a ResponseValidationError if the response is not a customer. Raises
-        TypeError or ValueError for an invalid argument, RuntimeError if the client is
-        closed, and whatever a token function raises.
+        Raises APIError (NotFound, RateLimitExceeded, ...) if the server sends an error,
+        NoResponseError if there is no response (RequestTimeout if it takes too long), and
+        ResponseValidationError if it is not a customer. Invalid arguments raise TypeError or
+        ValueError, a closed client RuntimeError.
         """
         client = self._client
         path = _customer_path(id, include_expanded_fields, request)
-        headers = _checked_headers(http_headers or {})
+        headers = _checked_headers(http_headers)
         timeout_ms = client._timeout_ms if timeout_ms is None else timeout_ms
         max_retries = client._max_retries if max_retries is None else max_retries
         _check_limits(timeout_ms, max_retries)
         if client._handler.closed:
             raise RuntimeError("the client is closed")
         deadline = time.monotonic() + timeout_ms / 1000
-        retries_left = max_retries
         backoff = _FIRST_BACKOFF_SECONDS
         while True:
             token = client._token
@@ -496,14 +468,14 @@ class Customers:
                 return _parse_response(self._send(http_request, timeout_ms, deadline))
             except (APIError, NoResponseError) as error:
                 delay = _retry_delay(error, backoff, deadline)
-                if delay is None or retries_left == 0:
+                if delay is None or max_retries == 0:
                     raise
             time.sleep(delay)
-            retries_left -= 1
+            max_retries -= 1
             backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
 
     def _send(self, request: Request, timeout_ms: float, deadline: float) -> addinfourl:
-        """Send a request once, and log it. Raises NoResponseError."""
+        """Send a request once, and log it. If it fails in any way, raise NoResponseError."""
         started = time.monotonic()
         outcome = "interrupted"
         try:
@@ -512,28 +484,24 @@ class Customers:
             return response
         except OSError as error:
             outcome = str(error)
-            message = f"no valid response from {self._client._handler.route}"
+            message = f"no valid response from {self._client._handler.route}: {error}"
             if isinstance(error, _TIMEOUTS):
-                raise RequestTimeout(f"{message} in time (timeout_ms={timeout_ms})") from error
-            message += f": {error}"
+                raise RequestTimeout(f"{message} (timeout_ms={timeout_ms})") from error
             if isinstance(error, ssl.SSLCertVerificationError):
-                message += "; use SSL_CERT_FILE or ssl_context to trust another authority"
+                message += "; SSL_CERT_FILE or ssl_context can help"
             raise NoResponseError(message) from error
         finally:
             milliseconds = (time.monotonic() - started) * 1000
-            logger = logging.getLogger(__name__)
-            logger.debug("GET %s: %s, %.1f ms", request.selector, outcome, milliseconds)
+            _logger.debug("GET %s: %s, %.1f ms", request.selector, outcome, milliseconds)
 
 
-# --- Everything below is private ------------------------------------------------------
-#
-# The path of a call:
+# --- Everything below is private. The path of a call: ---------------------------------
 #   Customers.get                 checks the arguments; makes a Request; retries
-#   Customers._send               sends it once; logs it; raises NoResponseError
+#   Customers._send               sends it once; logs it; converts OSError to NoResponseError
 #   OpenerDirector.open           urllib's; calls http_open or https_open of its handler
 #   _KeepAliveHandler.http_open   takes an idle connection or makes a new one
-#   _Connection.exchange          sends the request, reads the response
-# Then Customers.get calls _parse_response, which makes a Customer or an error.
+#   _Connection.exchange          sends the request, reads the response; raises OSError
+#   _parse_response               makes a Customer, or raises an error
 
 
 # --- Arguments ------------------------------------------------------------------------
@@ -542,10 +510,15 @@ _HEADERS = {
     "Accept-Encoding": "identity",
     "User-Agent": f"dub_customers/{__version__} (Python)",
 }
-# Headers that affect the framing of messages, the connection or the proxy.
+# These affect framing, the connection or the proxy. Host and Authorization may be overridden.
 _RESERVED_HEADERS = ("connection", "content-length", "transfer-encoding", "proxy-authorization")
-_HEADER_NAME = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # such as Content-Type
-_HEADER_VALUE = r"[\t -~\x80-\xff]*"  # no control characters but the tab
+_HEADER_NAME = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_HEADER_VALUE = r"[\t -~\x80-\xff]*"  # no ASCII control but the tab
+# api.dub.co or [2001:db8::1], with or without a port. Needs re.ASCII and re.IGNORECASE.
+_HOST = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"
+_IPV6 = r"\[[\da-f:]{2,45}(\.\d+){0,3}\]"
+_HOST_AND_PORT = rf"({_HOST}|{_IPV6})(:\d+)?"
+_URL_CHARS = r"\w.~%!$&'()*+,;=:-"
 
 
 def _check_type(name: str, value: Any, *types: type) -> None:
@@ -558,147 +531,121 @@ def _check_type(name: str, value: Any, *types: type) -> None:
 def _checked_token(name: str, token: str) -> str:
     _check_type(name, token, str)
     if not re.fullmatch("[!-~]+", token):  # visible ASCII
-        raise ValueError(
-            f"{name} is empty or contains a space, a line break or a non-ASCII character"
-        )
+        fault = "is missing, or has a space, a line break or a non-ASCII character"
+        raise ValueError(f"{name} {fault}")
     return token
 
 
 def _check_limits(timeout_ms: Any, max_retries: Any) -> None:
     _check_type("timeout_ms", timeout_ms, int, float)
-    if not 0 < timeout_ms < 2**31:  # poll() takes milliseconds as a C int
-        raise ValueError("timeout_ms: expected more than 0 and less than 2**31")
+    if not 0 < timeout_ms < 2**31:  # poll() takes a C int
+        raise ValueError("timeout_ms: expected 0 < timeout_ms < 2**31")
     _check_type("max_retries", max_retries, int)
     if max_retries < 0:
         raise ValueError("max_retries: expected 0 or more")
 
 
-def _checked_headers(http_headers: Mapping[str, str]) -> dict[str, str]:
-    _check_type("http_headers", http_headers, collections.abc.Mapping)
-    headers = dict(http_headers)
+def _checked_headers(http_headers: Any) -> dict[str, str]:
+    _check_type("http_headers", http_headers, abc.Mapping, type(None))
+    headers = dict(http_headers or {})
     for name, value in headers.items():
-        _check_type(f"http_headers: the value of {name!r}", value, str)
+        for text in (name, value):
+            _check_type(f"http_headers[{name!r}]", text, str)
         if not re.fullmatch(_HEADER_NAME, name) or name.lower() in _RESERVED_HEADERS:
             raise ValueError(f"http_headers: {name!r} is invalid or reserved")
         if not re.fullmatch(_HEADER_VALUE, value):
-            raise ValueError(f"http_headers: {name} has a control character or is not Latin-1")
+            raise ValueError(f"http_headers: {name}: control or non-Latin-1 character")
     return headers
 
 
-def _customer_path(id: Any, include_expanded_fields: Any, request: Any) -> str:
+def _customer_path(id: Any, expand: Any, request: Any) -> str:
     if request is not None:
-        if id is not None or include_expanded_fields is not None:
+        if id is not None or expand is not None:
             raise TypeError("pass either request, or id and include_expanded_fields")
-        _check_type("request", request, collections.abc.Mapping)
+        _check_type("request", request, abc.Mapping)
         for key in request:
             if key not in ("id", "include_expanded_fields"):
                 raise TypeError(f"request: unexpected key {key!r}")
         id = request.get("id")
-        include_expanded_fields = request.get("include_expanded_fields")
+        expand = request.get("include_expanded_fields")
     _check_type("id", id, str)
-    # Servers resolve "." and ".." even when encoded. After "ext_", a part is missing. Lone
-    # surrogates cannot be encoded.
+    # Servers resolve a segment "." or ".." even if encoded. Lone surrogates cannot be encoded.
     if id in ("", ".", "..", "ext_") or re.search("[\ud800-\udfff]", id):
-        raise ValueError(f"id: empty, incomplete or not valid Unicode: {id[:99]!r}")
-    # Encode dots, or Dub's server (Next.js) would strip a final ".rsc".
+        raise ValueError(f"id: empty, incomplete or not Unicode: {id[:99]!r}")
+    # Encode "/" and other delimiters, and dots: Dub's server (Next.js) would strip ".rsc".
     path = "/customers/" + quote(id, safe="").replace(".", "%2E")
-    if include_expanded_fields is not None:
-        _check_type("include_expanded_fields", include_expanded_fields, bool)
-        value = str(include_expanded_fields).lower()
-        path += f"?includeExpandedFields={value}"
-    return path
+    if expand is None:
+        return path
+    _check_type("include_expanded_fields", expand, bool)
+    return path + "?includeExpandedFields=" + str(expand).lower()
 
 
 def _split_server_url(server_url: Any) -> SplitResult:
     _check_type("server_url", server_url, str)
-    parts = _split_url(server_url.rstrip("/"))
-    if parts and parts.scheme in ("http", "https") and "@" not in parts.netloc:
-        return parts
-    message = "server_url: expected http(s)://host[:port][/path]"
-    if "@" not in server_url:  # A URL with "@" may hold a password.
-        message += f", got {server_url[:99]!r}"
-    raise ValueError(message)
+    expected = "http(s)://host[:port][/path]"
+    if "@" not in server_url:  # "@" may follow a password.
+        expected += f", got {server_url[:99]!r}"
+    pattern = f"https?://{_HOST_AND_PORT}(/[@/{_URL_CHARS}]*)?"
+    return _split_url("server_url", server_url.rstrip("/"), pattern, expected)
 
 
-def _split_url(url: str) -> Optional[SplitResult]:
-    """Split a URL. Returns None if it is malformed, or has a query or a fragment."""
-    # Reject queries, fragments and anything but visible ASCII.
-    if re.search("[?#]|[^!-~]", url):
-        return None
-    try:
+def _split_url(name: str, url: str, pattern: str, expected: str) -> SplitResult:
+    with suppress(ValueError):  # invalid port or IPv6
         parts = urlsplit(url)
-        if parts.port == 0:
-            return None
-    except ValueError:
-        # The port is not a number up to 65535, or the brackets do not match.
-        return None
-    # api.dub.co
-    hostname = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"
-    # [2001:db8::1], [::ffff:192.0.2.1]
-    ipv6 = r"\[[\da-fA-F:]{2,45}(\.\d+){0,3}\]"
-    # A proxy's URL may have user:password@ before the host.
-    host_and_port = parts.netloc.rpartition("@")[2]
-    return parts if re.fullmatch(rf"({hostname}|{ipv6})(:\d+)?", host_and_port) else None
+        if re.fullmatch(pattern, url, re.ASCII | re.IGNORECASE) and parts.port != 0:
+            return parts
+    raise ValueError(f"{name}: expected {expected}")
 
 
 def _is_loopback(host: Optional[str]) -> bool:
-    # localhost, ::1 in any spelling, 127.0.0.1
-    return bool(re.fullmatch(r"localhost\.?|[0:]+:0*1|127(\.[0-9]{1,3}){3}", host or ""))
+    # localhost, ::1 in any spelling, 127.0.0.0/8
+    return bool(re.fullmatch(r"localhost\.?|[0:]+:0*1|(::ffff:)?127(\.\d{1,3}){3}", str(host)))
 
 
 # --- Retries --------------------------------------------------------------------------
 def _retry_delay(error: DubError, backoff: float, deadline: float) -> Optional[float]:
     """How many seconds to wait before the next try. None if there should be no next try."""
-    # Do not retry timeouts, untrusted certificates, or a refusal by the proxy, which is a
-    # PermissionError.
+    # No retry after a timeout, an untrusted certificate, or a proxy's refusal (PermissionError).
     if isinstance(error.__cause__, (*_TIMEOUTS, ssl.SSLCertVerificationError, PermissionError)):
         return None
     retry_after = 0.0
     if isinstance(error, APIError):
         if error.status_code not in (408, 429, 500, 502, 503, 504):
             return None
-        if error.status_code in (429, 503):
-            retry_after = _parse_retry_after(error.headers) or 0.0
-    # Jitter: up to the backoff, or up to Retry-After (at most 4 s) if that is longer.
-    spread = max(backoff, min(retry_after, _MAX_RETRY_AFTER_SPREAD_SECONDS))
+        retry_after = error.retry_after or 0.0
+    # Jitter: up to `backoff`, or up to min(Retry-After, 4 s), whichever is longer.
+    max_jitter = max(backoff, min(retry_after, _MAX_RETRY_AFTER_JITTER_SECONDS))
     # Assume the longest wait, so that the decision to retry is not random.
-    if time.monotonic() + retry_after + spread >= deadline:
+    if time.monotonic() + retry_after + max_jitter >= deadline:
         return None
-    return retry_after + random.uniform(0, spread)
+    return retry_after + random.uniform(0, max_jitter)
 
 
 def _parse_retry_after(headers: Message) -> Optional[float]:
-    """The header Retry-After in seconds from now, or None if it is missing or malformed.
-
-    It is a number of seconds, a date, or Dub's own form, milliseconds since 1970: see
-    apps/web/lib/auth/rate-limit-request.ts in https://github.com/dubinc/dub.
-    """
+    """The header Retry-After in seconds from now, or None if it is missing or malformed."""
     value = headers.get("Retry-After", "")
     if re.fullmatch("[0-9]{1,9}", value):
         return float(value)
     retry_at = _timestamp(value)
-    if re.fullmatch("[0-9]{13}", value):  # milliseconds
-        retry_at = int(value) / 1000
     if retry_at is None:
         return None
     # Prefer the server's clock, in case this machine's is wrong.
-    now = _timestamp(headers.get("Date", ""))
-    if now is None:
-        now = time.time()
+    now = _timestamp(headers.get("Date", "")) or time.time()
     return max(0.0, retry_at - now)
 
 
-def _timestamp(date: str) -> Optional[float]:
-    """Seconds since 1970 for a date like `Sun, 06 Nov 1994 08:49:37 GMT`. None if malformed."""
+def _timestamp(text: str) -> Optional[float]:
+    """Seconds since 1970, from a date or from milliseconds since 1970. None if malformed."""
+    # Dub sends milliseconds: apps/web/lib/auth/rate-limit-request.ts in github.com/dubinc/dub.
+    if re.fullmatch("[0-9]{13}", text):
+        return int(text) / 1000
     try:
-        return float(calendar.timegm(parsedate_to_datetime(date).utctimetuple()))
+        return float(calendar.timegm(parsedate_to_datetime(text).utctimetuple()))
     except Exception:  # The exception type varies by Python version.
         return None
 
 
 # --- Connections ----------------------------------------------------------------------
-
-
 class _KeepAliveHandler(BaseHandler):
     """A handler for urllib's opener that keeps connections open, for any thread to use."""
 
@@ -707,23 +654,23 @@ class _KeepAliveHandler(BaseHandler):
         self.idle: deque[_Connection] = deque()
         self.closed = False
         self.server = server
-        self.user_ssl_context = ssl_context  # for __reduce__
-        self.active_ssl_context = ssl_context  # connect() creates it if it is None.
-        self.route = server.netloc  # for error messages
+        self.picklable = ssl_context is None
+        # None for http. For https, https_open() makes one if there is none.
+        self.ssl_context = ssl_context if server.scheme == "https" else None
+        self.route = server.netloc
         self.proxy = _find_proxy(server)
         self.proxy_headers: dict[str, str] = {}
         if self.proxy is not None:
-            credentials, _, address = self.proxy.netloc.rpartition("@")
+            login, _, address = self.proxy.netloc.rpartition("@")
             self.route += f" through the proxy {address} ({server.scheme}_proxy)"
-            if credentials:
-                user, _, password = credentials.partition(":")
-                basic = base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode())
-                self.proxy_headers["Proxy-Authorization"] = f"Basic {basic.decode()}"
+            if login:
+                basic = base64.b64encode(unquote_to_bytes(login)).decode()
+                self.proxy_headers["Proxy-Authorization"] = "Basic " + basic
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickling or deep-copying a client yields an open one without connections."""
-        if self.user_ssl_context is not None:
-            raise TypeError("a client with an ssl_context (SSLContext) cannot be pickled")
+        """Pickle and deepcopy of a Dub use this. The copy is open, without connections."""
+        if not self.picklable:
+            raise TypeError("an SSLContext cannot be pickled")
         return _KeepAliveHandler, (self.server, None)
 
     def __del__(self) -> None:
@@ -731,17 +678,9 @@ class _KeepAliveHandler(BaseHandler):
 
     def close(self) -> None:
         self.closed = True
-        for connection in self.pop_idle():
-            connection.sock.close()
-
-    def pop_idle(self) -> collections.abc.Iterator[_Connection]:
-        """Remove and yield idle connections one by one, oldest first, to weed out stale ones."""
-        while True:
-            try:
-                connection = self.idle.popleft()
-            except IndexError:  # none left
-                return
-            yield connection
+        with suppress(IndexError):
+            while True:
+                self.idle.popleft().sock.close()
 
     def http_open(self, request: Request) -> addinfourl:
         """Send a request and read the response. Raises OSError."""
@@ -753,29 +692,38 @@ class _KeepAliveHandler(BaseHandler):
             target = request.full_url
             headers.update(self.proxy_headers)
         response = self.fetch(_encode("GET", target, headers), deadline)
+        if response.status == 407 and target == request.full_url:
+            raise PermissionError("the proxy requires a user name and password (407)")
         # This is what urllib's own handlers return, and what instrumentation expects.
-        return addinfourl(
-            io.BytesIO(response.body), response.headers, request.full_url, response.status
-        )
+        body = io.BytesIO(response.body)
+        return addinfourl(body, response.headers, request.full_url, response.status)
 
-    # OpenerDirector finds http_open and https_open by name.
-    https_open = http_open
+    def https_open(self, request: Request) -> addinfourl:
+        if self.ssl_context is None:
+            self.ssl_context = ssl.create_default_context()
+        return self.http_open(request)
 
     def fetch(self, request: bytes, deadline: float) -> _Response:
         """Send a request over an idle connection or, if none is usable, over a new one."""
-        for connection in self.pop_idle():
-            if not connection.is_usable():
-                connection.sock.close()
-                continue
+        connection = self.take_idle()
+        if connection is not None:
             try:
                 return self.fetch_over(connection, request, deadline)
             except OSError as error:
+                # No response at all: the server has probably closed the connection. Use a new one.
                 if isinstance(error, _TIMEOUTS) or connection.stream.received > 0:
                     raise
-                # The server probably closed the connection before it saw the request. Use a
-                # new connection, without spending a retry.
-                break
         return self.fetch_over(self.connect(deadline), request, deadline)
+
+    def take_idle(self) -> Optional[_Connection]:
+        """Take the connection that is idle longest and still usable. Close dead ones before it."""
+        with suppress(IndexError):
+            while True:
+                connection = self.idle.popleft()
+                if connection.is_usable():
+                    return connection
+                connection.sock.close()
+        return None
 
     def fetch_over(self, connection: _Connection, request: bytes, deadline: float) -> _Response:
         """Send a request over this connection, then keep or close the connection."""
@@ -785,7 +733,7 @@ class _KeepAliveHandler(BaseHandler):
             connection.sock.close()
             raise
         if response.keep_alive and len(self.idle) < _MAX_IDLE_CONNECTIONS:
-            connection.idle_since = time.time()
+            connection.idle_since = time.time()  # see is_usable()
             self.idle.append(connection)
         else:
             connection.sock.close()
@@ -800,21 +748,19 @@ class _KeepAliveHandler(BaseHandler):
         port = next_hop.port or {"http": 80, "https": 443}[next_hop.scheme]
         sock = _create_connection(next_hop.hostname, port, deadline)
         try:
-            if self.server.scheme == "https":
-                if self.proxy is not None:
-                    self.open_tunnel(sock, deadline)
-                if self.active_ssl_context is None:
-                    self.active_ssl_context = ssl.create_default_context()
-                # suppress_ragged_eofs=False, because an end of the stream without a close_notify
-                # may be a truncation attack.
-                sock = self.active_ssl_context.wrap_socket(
-                    sock,
-                    server_hostname=self.server.hostname,
-                    do_handshake_on_connect=False,
-                    suppress_ragged_eofs=False,
-                )
-                _set_timeout(sock, deadline)
-                sock.do_handshake()
+            if self.ssl_context is None:  # http, see https_open
+                return _Connection(sock)
+            if self.proxy is not None:
+                self.open_tunnel(sock, deadline)
+            sock = self.ssl_context.wrap_socket(
+                sock,
+                server_hostname=self.server.hostname,
+                do_handshake_on_connect=False,
+                # A connection that ends without TLS's close_notify was cut: raise an error.
+                suppress_ragged_eofs=False,
+            )
+            _set_timeout(sock, deadline)
+            sock.do_handshake()
             return _Connection(sock)
         except BaseException:
             sock.close()
@@ -825,82 +771,73 @@ class _KeepAliveHandler(BaseHandler):
         target = self.server.netloc
         if self.server.port is None:
             target += ":443"
-        # `tunnel` only reads the proxy's reply. Dropping it does not close the socket, and what
-        # it may have read too much is not from the server, which waits for the TLS handshake.
-        tunnel = _Connection(sock)
         headers = {"Host": target, **self.proxy_headers}
-        tunnel.send(_encode("CONNECT", target, headers), deadline)
-        response = tunnel.read_head()
-        if 200 <= response.status < 300:
-            return
+        # Dropping this _Connection does not close sock. It has no unread data: TLS clients begin.
+        response = _Connection(sock).exchange(_encode("CONNECT", target, headers), deadline)
         message = f"the proxy answered {response.status}"
-        if response.status == 407:
-            message += ": the user name or password is missing or wrong"
         if response.status >= 500:
             raise ConnectionError(message)  # retried
-        raise PermissionError(message)  # not retried: see _retry_delay
+        if response.status == 407:
+            message += ": it requires a user name and password"
+        if response.status >= 300:
+            raise PermissionError(message)  # not retried
 
 
 def _find_proxy(server: SplitResult) -> Optional[SplitResult]:
     """The proxy that is configured for the server. Raises ValueError if it is not supported."""
-    if server.scheme == "http" and _is_loopback(server.hostname):
-        return None  # Do not send unencrypted loopback requests to a proxy.
     url = getproxies().get(server.scheme)
-    if not url or proxy_bypass(server.netloc):
+    # The API key in a plain http request to loopback must not leave this machine.
+    is_local = server.scheme == "http" and _is_loopback(server.hostname)
+    if not url or is_local or proxy_bypass(server.netloc):
         return None
-    if "://" not in url:
-        url = "http://" + url
-    proxy = _split_url(url)
-    if proxy and proxy.scheme == "http" and proxy.path in ("", "/"):
-        return proxy
+    url = url if "://" in url else "http://" + url
+    pattern = f"http://([{_URL_CHARS}]*:[{_URL_CHARS}]*@)?{_HOST_AND_PORT}/?"
     # The setting is not shown, because it may hold a password.
-    raise ValueError(
-        f"{server.scheme}_proxy: expected http://[user:password@]host[:port]; "
-        "proxies of other kinds, such as https: and socks5:, are not supported"
-    )
+    expected = "http://[user:password@]host[:port] (not https: or socks5:)"
+    return _split_url(f"{server.scheme}_proxy", url, pattern, expected)
 
 
 def _create_connection(host: Optional[str], port: int, deadline: float) -> socket.socket:
     """Like socket.create_connection(), but with one deadline for all addresses."""
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    while addresses:
-        family, kind, protocol, _, address = addresses.pop(0)
-        timeout = deadline - time.monotonic()
-        if addresses:  # Keep at least half of the time for the remaining ones.
-            timeout = min(timeout / 2, _MAX_CONNECT_SECONDS)
-        try:
-            sock = socket.socket(family, kind, protocol)
-            try:
-                sock.settimeout(max(0, timeout))
-                sock.connect(address)
-                # Disable Nagle's algorithm: it would delay the request after a TLS handshake.
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                return sock
-            except BaseException:
-                sock.close()
-                raise
-        except OSError:
-            # Go on with the next address, if there is one.
-            if not addresses:
-                raise
-    raise OSError(f"{host} has no address")
+    *others, last = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for address in others:
+        # Leave at least half of the time to the addresses after this one.
+        seconds = min((deadline - time.monotonic()) / 2, _MAX_SECONDS_PER_ADDRESS)
+        with suppress(OSError):
+            return _connect_to(address, time.monotonic() + seconds)
+    return _connect_to(last, deadline)
+
+
+def _connect_to(address: tuple[Any, ...], deadline: float) -> socket.socket:
+    """Connect to one of the addresses that getaddrinfo() returned."""
+    family, kind, protocol, _, socket_address = address
+    sock = socket.socket(family, kind, protocol)
+    try:
+        _set_timeout(sock, deadline)
+        sock.connect(socket_address)
+        # Disable Nagle's algorithm: it would delay the request after a TLS handshake.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _set_timeout(sock: socket.socket, deadline: float) -> None:
-    """Let the next operation wait until the deadline. If that is 0, do not wait."""
+    """Let the next operation wait until the deadline. Raises socket.timeout if it has passed."""
     left = deadline - time.monotonic()
-    if deadline > 0 and left <= 0:
+    if left <= 0:
         raise socket.timeout("the deadline has passed")
-    sock.settimeout(max(0, left))
+    sock.settimeout(left)
 
 
 # --- HTTP/1.1 -------------------------------------------------------------------------
 # Matches `HTTP/1.1 200 OK`.
-_STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9][0-9][0-9])( {_HEADER_VALUE})?\r\n".encode())
+_STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9]\d\d)( {_HEADER_VALUE})?\r\n")
 # Matches `Content-Type: application/json`, or the empty line at the end (groups: None).
-_FIELD_LINE = re.compile(rf"(?:({_HEADER_NAME}):({_HEADER_VALUE}))?\r\n".encode())
+_FIELD_LINE = re.compile(rf"(?:({_HEADER_NAME}):({_HEADER_VALUE}))?\r\n")
 # Matches `1F;name=value`.
-_CHUNK_SIZE_LINE = re.compile(rf"([0-9A-Fa-f]{{1,8}})([ \t]*;{_HEADER_VALUE})?\r\n".encode())
+_CHUNK_SIZE_LINE = re.compile(rf"([\da-fA-F]{{1,8}})([ \t]*;{_HEADER_VALUE})?\r\n")
 
 
 def _encode(method: str, target: str, headers: dict[str, str]) -> bytes:
@@ -913,8 +850,8 @@ def _encode(method: str, target: str, headers: dict[str, str]) -> bytes:
 class _Response(NamedTuple):
     status: int
     headers: Message
+    body: bytes
     keep_alive: bool
-    body: bytes = b""
 
 
 class _Stream(io.RawIOBase):
@@ -922,26 +859,25 @@ class _Stream(io.RawIOBase):
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.deadline = 0.0  # 0: do not wait
-        self.received = 0  # bytes of the current response
+        self.deadline: Optional[float] = None  # None: do not set a timeout
+        self.received = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        _set_timeout(self.sock, self.deadline)
+        if self.deadline is not None:
+            _set_timeout(self.sock, self.deadline)
         size = self.sock.recv_into(buffer)
         self.received += size
         if self.received > _MAX_RESPONSE_BYTES:
-            raise ConnectionError("the response is larger than 1 MiB")
+            raise ConnectionError("the response exceeds 1 MiB")
         return size
 
 
 class _Connection:
-    """An HTTP/1.1 connection (RFC 9112).
-
-    Unlike http.client, it is strict about where a response ends. Otherwise leftover bytes
-    could be read as the next response, and the wrong customer returned.
+    """An HTTP/1.1 connection (RFC 9112). It replaces http.client, which is lenient about where a
+    response ends: leftover bytes could be read as the next response, with the wrong customer.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -952,26 +888,28 @@ class _Connection:
         self.idle_since = 0.0
 
     def exchange(self, request: bytes, deadline: float) -> _Response:
-        self.send(request, deadline)
-        response = self.read_head()
-        # 204 and 304 have no body. In case one was sent anyway, do not reuse the connection.
-        if response.status in (204, 304):
-            return response._replace(keep_alive=False)
-        encodings = response.headers.get_all("Transfer-Encoding", [])
-        lengths = response.headers.get_all("Content-Length", [])
-        if not encodings and not lengths:  # The body ends with the stream.
-            return response._replace(body=self.reader.read(), keep_alive=False)
-        return response._replace(body=self.read_body(encodings, lengths))
-
-    def send(self, request: bytes, deadline: float) -> None:
         self.stream.deadline = deadline
         self.stream.received = 0
-        while request:
+        # Not sendall(): over TLS, it would apply the timeout to each part.
+        unsent = request
+        while unsent:
             _set_timeout(self.sock, deadline)
-            size = self.sock.send(request)
-            request = request[size:]
+            unsent = unsent[self.sock.send(unsent) :]
+        status, headers, keep_alive = self.read_head()
+        encodings = headers.get_all("Transfer-Encoding", [])
+        lengths = headers.get_all("Content-Length", [])
+        body = b""
+        if status in (204, 304) or request.startswith(b"CONNECT"):
+            # No body is expected. In case one follows, keep_alive is False. Tunnels ignore that.
+            keep_alive = False
+        elif encodings + lengths:
+            body = self.read_body(encodings, lengths)
+        else:
+            keep_alive = False  # The body ends with the stream.
+            body = self.reader.read()
+        return _Response(status, headers, body, keep_alive)
 
-    def read_head(self) -> _Response:
+    def read_head(self) -> tuple[int, Message, bool]:
         """Read the status line and the headers, after any interim responses (1xx)."""
         keep_alive = True
         while True:
@@ -979,10 +917,10 @@ class _Connection:
             status = int(match[2])
             headers = self.read_fields()
             options = ",".join(headers.get_all("Connection", [])).lower()
-            if match[1] == b"0" or "close" in re.findall("[^, \t]+", options):
+            if match[1] == "0" or "close" in re.findall("[^, \t]+", options):
                 keep_alive = False
             if status >= 200:
-                return _Response(status, headers, keep_alive)
+                return status, headers, keep_alive
 
     def read_fields(self) -> Message:
         """Read header or trailer fields, up to and including the empty line after them."""
@@ -991,22 +929,23 @@ class _Connection:
             name, value = self.read_line(_FIELD_LINE).groups()
             if name is None:
                 return fields
-            fields[name.decode()] = value.decode("latin-1").strip(" \t")
+            fields[name] = value.strip(" \t")
 
-    def read_line(self, pattern: re.Pattern[bytes]) -> re.Match[bytes]:
-        line = self.reader.readline()
+    def read_line(self, pattern: re.Pattern[str]) -> re.Match[str]:
+        line = self.reader.readline().decode("latin-1")
         match = pattern.fullmatch(line)
         if match is None:
             raise ConnectionError(f"malformed or incomplete response: {line[:40]!r}")
         return match
 
     def read_body(self, encodings: list[str], lengths: list[str]) -> bytes:
-        if [each.lower() for each in encodings] == ["chunked"] and not lengths:
+        # More than one value is rejected: joined by a comma, they match neither pattern below.
+        value = ",".join(encodings + lengths)
+        if encodings and value.lower() == "chunked":
             return self.read_chunks()
-        # exchange() ensures that there is an encoding or a length.
-        if encodings or len(lengths) > 1 or not re.fullmatch("[0-9]{1,20}", lengths[0]):
-            raise ConnectionError("malformed response: it is unclear where its body ends")
-        return self.read(int(lengths[0]))
+        if lengths and re.fullmatch("[0-9]{1,20}", value):
+            return self.read(int(value))
+        raise ConnectionError("malformed response: unclear where its body ends")
 
     def read_chunks(self) -> bytes:
         chunks: list[bytes] = []
@@ -1017,12 +956,12 @@ class _Connection:
                 return b"".join(chunks)
             chunks.append(self.read(size))
             if self.read(2) != b"\r\n":
-                raise ConnectionError("malformed response: a chunk exceeds its declared size")
+                raise ConnectionError("malformed response: a chunk exceeds its size")
 
     def read(self, size: int) -> bytes:
         """Read exactly `size` bytes."""
         if size > _MAX_RESPONSE_BYTES:
-            raise ConnectionError("the response is larger than 1 MiB")
+            raise ConnectionError("the response exceeds 1 MiB")
         data = self.reader.read(size)
         if len(data) < size:
             raise ConnectionError("the response ended too early")
@@ -1030,23 +969,19 @@ class _Connection:
 
     def is_usable(self) -> bool:
         """Whether another request can be sent, by this process."""
-        # Wall-clock time, because the monotonic clock may stop while the machine sleeps. abs()
-        # is for a clock that was set back.
-        if abs(time.time() - self.idle_since) > _MAX_IDLE_SECONDS:
+        # The monotonic clock may stop while the machine sleeps. The wall clock may be set back.
+        idle_seconds = abs(time.time() - self.idle_since)
+        if idle_seconds > _MAX_IDLE_SECONDS or self.pid != os.getpid():
             return False
-        if self.pid != os.getpid():
-            return False
-        # There must be nothing to read: data would be unsolicited, and an end of the stream means
-        # that the server has closed. Then peek(), which does not wait, raises a timeout.
-        self.stream.deadline = 0.0
+        # A usable connection has nothing to read, so that peek() raises "would block". If peek()
+        # returns, there is unsolicited data, or the server has closed the connection.
+        self.stream.deadline = None
+        self.sock.setblocking(False)
         try:
             self.reader.peek(1)
-        except _TIMEOUTS:
-            return True  # There is nothing to read.
-        except OSError:
-            pass
-        # There was data, the end of the stream, or an error.
-        return False
+            return False
+        except OSError as error:
+            return isinstance(error, (BlockingIOError, ssl.SSLWantReadError))
 
 
 # --- Responses ------------------------------------------------------------------------
@@ -1066,139 +1001,98 @@ _ERRORS = {
 def _parse_response(response: addinfourl) -> Customer:
     """The customer in a response. Raises APIError or ResponseValidationError."""
     status = response.code or 0
-    headers = response.headers
-    # response.read() is slow, because addinfourl wraps it with tempfile.
-    body = response.fp.read()
-    if not 200 <= status < 300:
-        raise _api_error(status, headers, body)
-    data = _decode_json(body) if status == 200 else None
-    if data is None:  # another 2xx status, invalid JSON, or null
-        start = _one_line(body.decode("utf-8", "replace"), 100)
-        raise ResponseValidationError(
-            f"expected a customer, got status {status}, type {headers.get('Content-Type')}, "
-            f"encoding {headers.get('Content-Encoding')}: {start!r}",
-            body=body,
-        )
-    try:
-        return Customer.from_json(data)
-    except ResponseValidationError as error:
-        error.body = body
-        raise
+    with response:
+        body = response.read()
+    data: Any = None
+    with suppress(ValueError, RecursionError):
+        data = json.loads(body.decode("utf-8-sig"))  # There may be a byte order mark.
+    if status == 200 and data is not None:
+        try:
+            return Customer.from_json(data)
+        except ResponseValidationError as error:
+            error.body = body
+            raise
+    start = _short_line(body[:100].decode(errors="replace"))
+    if 200 <= status < 300:
+        kind = response.headers.get("Content-Type")
+        encoding = response.headers.get("Content-Encoding")
+        message = f"got status {status}, type {kind}, encoding {encoding}: {start!r}"
+        raise ResponseValidationError("expected a customer, " + message, body=body)
+    raise _api_error(status, response.headers, body, data, start)
 
 
-def _api_error(status: int, headers: Message, body: bytes) -> APIError:
+def _api_error(status: int, headers: Message, body: bytes, data: Any, start: str) -> APIError:
     details = {}
-    # Dub sends {"error": {"code": ..., "message": ..., "doc_url": ...}}. Any other shape has no
-    # details.
-    with contextlib.suppress(LookupError, TypeError, AttributeError):
-        fields = _decode_json(body)["error"].items()
+    # Dub sends {"error": {"code": ..., "message": ..., "doc_url": ...}}. Ignore other shapes.
+    with suppress(LookupError, TypeError, AttributeError):
+        fields = data["error"].items()
         details = {key: value for key, value in fields if isinstance(value, str)}
-    start = _one_line(body.decode("utf-8", "replace"), 100)
     message = details.get("message") or start or "the server sent no message"
     if 300 <= status < 400 and "Location" in headers:
         message = f"redirect to {headers['Location']} not followed"
-    # This is from a proxy for http. With https, open_tunnel() raises.
-    if status == 407 and not details:
-        message = "the user name or password for a proxy (http_proxy) is missing or wrong"
-    error = _ERRORS.get(status, APIError)(
-        message, status, details.get("code"), details.get("doc_url"), headers, body
-    )
-    if isinstance(error, RateLimitExceeded):
+    error_class = _ERRORS.get(status, APIError)
+    error = error_class(message, status, details.get("code"), details.get("doc_url"), headers, body)
+    if status in (429, 503):
         error.retry_after = _parse_retry_after(headers)
     return error
 
 
-def _decode_json(body: bytes) -> Any:
-    """The decoded JSON, or None if it is not valid. There may be a byte order mark."""
-    try:
-        return json.loads(body.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return None
-
-
-def _one_line(text: str, limit: int = 300) -> str:
-    """The beginning of the text, without line breaks and other control characters."""
-    printable = "".join(char if char.isprintable() else " " for char in text[:limit])
+def _short_line(text: str) -> str:
+    """At most 300 characters of the text, without line breaks and control characters."""
+    printable = "".join(char if char.isprintable() else " " for char in text[:300])
     return " ".join(printable.split())
 
 
 # --- Command line ---------------------------------------------------------------------
 _EXAMPLE = b"""{
 "id": "cus_1KAP4CDPBSVMMBMH9XX3YZZ0Z", "externalId": "user_42", "name": "Ada Lovelace",
-"email": "ada@example.com", "country": "GB", "sales": 3, "saleAmount": 12900,
-"createdAt": "2026-01-02T03:04:05.000Z", "programId": "prog_1",
-"link": {"id": "link_1", "domain": "dub.sh", "key": "try", "programId": "prog_1",
+"sales": 3, "saleAmount": 12900, "createdAt": "2026-01-02T03:04:05.000Z",
+"link": {"id": "link_1", "domain": "dub.sh", "key": "try",
          "shortLink": "https://dub.sh/try", "url": "https://dub.co"},
-"partner": {"id": "pn_1", "name": "Grace Hopper", "email": null, "image": null},
-"discount": {"id": "disc_1", "amount": 20, "type": "percentage", "maxDuration": 12}
+"partner": {"id": "pn_1", "name": "Grace Hopper"},
+"discount": {"id": "disc_1", "amount": 20, "type": "percentage"}
 }"""
 
 
 def _main() -> None:
     import argparse
 
-    parser = argparse.ArgumentParser(
-        description="Print a customer of your Dub workspace as JSON.",
-        epilog="Example: DUB_API_KEY=dub_xxx python3 dub_customers.py ext_42 --expand. The exit"
-        " status is 0 if the customer was printed, 1 after an error, 2 after a usage error.",
-    )
+    parser = argparse.ArgumentParser(description="Print a customer as JSON. Set DUB_API_KEY.")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("id", nargs="?", metavar="ID", help="cus_..., or ext_ and an external id")
-    source.add_argument(
-        "--demo", action="store_true", help="show an example, without using the network"
-    )
-    parser.add_argument("--expand", action="store_true", help="add link, partner and discount")
-    parser.add_argument(
-        "--server-url", default="https://api.dub.co", metavar="URL", help="default: %(default)s"
-    )
+    source.add_argument("id", nargs="?", help="cus_..., or ext_ and an external id")
+    source.add_argument("--demo", action="store_true", help="print an example")
+    parser.add_argument("--expand", action="store_true", help="add link, partner, discount")
+    parser.add_argument("--server-url", default="https://api.dub.co")
     parser.add_argument("--version", action="version", version=__version__)
     options = parser.parse_args()
     try:
         if options.demo:
             customer = _demo()
         else:
-            with Dub(server_url=options.server_url) as client:
-                # Without --expand, None omits the parameter.
-                customer = client.customers.get(
-                    options.id, include_expanded_fields=options.expand or None
-                )
-        _print(customer)
+            client = Dub(server_url=options.server_url)
+            customer = client.customers.get(options.id, include_expanded_fields=options.expand)
+        print(json.dumps(customer.raw, indent=2))
     except KeyboardInterrupt:
-        sys.exit(130)  # how shells report Ctrl-C
-    except (DubError, OSError, ValueError, RecursionError) as error:
-        retry_after = getattr(error, "retry_after", None)
-        wait = "" if retry_after is None else f" (wait {math.ceil(retry_after)} seconds)"
-        sys.exit(f"error: {error}{wait}")
-
-
-def _print(customer: Customer) -> None:
-    if sys.stdout is None:
-        raise OSError("standard output is closed")
-    is_utf8 = sys.stdout.encoding.lower() == "utf-8"
-    # Write through a second file object, so that a failed write is not reported again at exit.
-    # Text is ASCII unless standard output is UTF-8. A lone surrogate becomes \udxxx, which is
-    # how JSON escapes it.
-    with open(
-        sys.stdout.fileno(), "w", encoding="utf-8", errors="backslashreplace", closefd=False
-    ) as file:
-        print(json.dumps(customer.raw, indent=2, ensure_ascii=not is_utf8), file=file)
+        sys.exit(130)  # 128 + SIGINT
+    except Exception as error:
+        sys.exit(f"error: {error}")
 
 
 def _demo() -> Customer:
-    """Retrieve an example from a server in this process."""
+    """Try the whole client without an API key: retrieve an example from a local server."""
     import http.server
     import socketserver
     import threading
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            # An HTTP/1.0 body ends when the connection closes.
             self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + _EXAMPLE)
 
     # Not http.server.HTTPServer, which does a host name lookup that can be slow.
     with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
-        with Dub("dub_demo", server_url=f"http://127.0.0.1:{server.server_address[1]}") as client:
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        with Dub("dub_demo", server_url=url) as client:
             return client.customers.get("ext_user_42", include_expanded_fields=True)
 
 

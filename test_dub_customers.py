@@ -15,10 +15,8 @@ import asyncio
 import base64
 import copy
 import dataclasses
-import decimal
 import gc
 import importlib.util
-import inspect
 import json
 import logging
 import os
@@ -50,28 +48,33 @@ import pytest
 import dub_customers
 from dub_customers import APIError, Customer, Dub, DubError, NoResponseError, RequestTimeout
 
+# For tests that fork.
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 parametrize = pytest.mark.parametrize
 MODULE = Path(dub_customers.__file__).resolve()
 InvalidResponse = dub_customers.ResponseValidationError
 README = Path(__file__).resolve().with_name("README.md").read_text("utf-8")
 TOKEN = "!dub_s3cr3t~"
-ANY = re.compile(".*")
+SWALLOWS = 1
 
 EXPANDED = json.loads("""{
-"id": "cus_1", "externalId": "user_42", "name": "Ada Lovelace", "email": "ada@example.com",
-"avatar": "https://example.com/ada.png", "stripeCustomerId": "cus_stripe", "country": "GB",
-"sales": 3, "saleAmount": 12900, "createdAt": "2026-01-02T03:04:05.000Z",
-"firstSaleAt": "2026-02-01T00:00:00.000Z",
-"subscriptionCanceledAt": "2026-03-01T00:00:00.000Z", "programId": "prog_2",
+"id": "cus_1", "externalId": "user_42", "createdAt": "2026-01-02",
+"name": "Ada", "email": "ada@x.co", "avatar": "ada.png", "stripeCustomerId": "cus_2",
+"country": "GB", "sales": 0, "saleAmount": -12900.5, "firstSaleAt": "2026-02-01",
+"subscriptionCanceledAt": "2026-03-01", "programId": "prog_2",
 "link": {"id": "link_1", "domain": "dub.sh", "key": "try", "url": "https://dub.co",
          "shortLink": "https://dub.sh/try", "programId": "prog_1"},
-"partner": {"id": "pn_1", "name": "Grace", "email": "grace@example.com", "image": "i.png"},
+"partner": {"id": "pn_1", "name": "Grace", "email": "g@x.co", "image": "i.png"},
 "discount": {"id": "disc_1", "amount": 20, "type": "percentage", "maxDuration": 12,
-             "description": "d", "couponId": "co_1", "couponTestId": "ct_1",
-             "partnersCount": 4}
+             "description": "d", "couponId": "co_1", "couponTestId": "ct_1"}
 }""")
-PLAIN = {"id": "cus_1", "externalId": "user_42", "createdAt": "2026-01-02T03:04:05.000Z"}
-NOT_FOUND = {"error": {"code": "not_found", "message": "No such.", "doc_url": "https://x.co"}}
+# More than a float can hold.
+EXPANDED["discount"]["partnersCount"] = 10**400
+PLAIN = {"id": "cus_1", "externalId": "user_42", "createdAt": "2026-01-02"}
+BODY = json.dumps(PLAIN).encode()
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+NOT_FOUND = {"error": {"code": "not_found", "message": "No such.", "doc_url": "url"}}
 
 
 # --- Helpers ------------------------------------------------------------------------------
@@ -85,8 +88,6 @@ def _clean_environment(monkeypatch):
             monkeypatch.delenv(name)
     # A shell ignores Ctrl-C in what it starts in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    gc.enable()
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ class Api:
         """Answer every request with this: bytes, or JSON of anything else."""
         if not isinstance(data, bytes):
             data = json.dumps(data)
-        self.httpserver.expect_request(ANY).respond_with_data(data, status, headers)
+        self.httpserver.expect_request(re.compile("")).respond_with_data(data, status, headers)
 
     @property
     def requests(self):
@@ -173,12 +174,6 @@ def copies_of(thing):
 def body_of(id):
     """The JSON of a customer with this id."""
     return json.dumps({**PLAIN, "id": id}).encode()
-
-
-BODY = body_of("cus_1")
-OK = b"HTTP/1.1 200 OK\r\n"
-CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
-MIB = 1024 * 1024
 
 
 def response(status="200 OK", body=BODY, *fields):
@@ -237,22 +232,24 @@ class RawServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.script = script
         self.tls = tls
         self.port = self.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.address = f"127.0.0.1:{self.port}"
+        self.url = f"http://{self.address}"
         if tls is not None:
             self.url = f"https://localhost:{self.port}"
             options = {"ssl_context": tls.trusting, **options}
         self.client = Dub(TOKEN, server_url=self.url, **options)
         self.connections = 0
         self.requests = []
-        self.served = []  # for each request, the number of its connection
+        # For each request, the number of its connection.
+        self.served = []
         self.sockets = []
-        self.gone = threading.Semaphore(0)  # counts the connections that have ended
+        # Counts the connections that have ended.
+        self.gone = threading.Semaphore(0)
 
     def process_request(self, sock, address):
         self.connections += 1
         self.sockets.append(sock)
         sock.settimeout(20)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().process_request(sock, self.connections)
 
     def finish_request(self, sock, number):
@@ -267,16 +264,12 @@ class RawServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def handle_error(self, sock, number):
         if not isinstance(sys.exc_info()[1], OSError):
-            raise  # pytest reports what a thread raises
+            # pytest reports what a thread raises.
+            raise
 
     def wait_until_gone(self, count=1):
         for _ in range(count):
             assert self.gone.acquire(timeout=5)
-
-    def hang_up(self):
-        for sock in self.sockets:
-            with suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def __enter__(self):
         self.thread = threading.Thread(target=self.serve_forever, args=(0.001,))
@@ -288,8 +281,11 @@ class RawServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.client.close()
         self.shutdown()
         self.thread.join()
-        self.hang_up()
-        self.server_close()  # waits for the threads
+        for sock in self.sockets:
+            with suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        # This waits for the threads.
+        self.server_close()
 
 
 @pytest.fixture
@@ -322,69 +318,48 @@ def fields_of(head):
 
 
 class SlowSocket(socket.socket):
-    """Receives at most `at_a_time` bytes at a time."""
+    """Receives one byte at a time."""
 
-    at_a_time = 65536
-
-    def recv_into(self, buffer, *args):
-        return super().recv_into(memoryview(buffer)[: self.at_a_time], *args)
+    def recv_into(self, buffer):
+        return super().recv_into(buffer, 1)
 
 
-def read(data, at_a_time=65536, ended=False):
+def read(data, kind=socket.socket, ended=False, seconds=5):
     """What the reader makes of a response, which must cost little CPU time.
 
     ended: the stream ends after it. Otherwise the connection stays open.
+    seconds: until the deadline.
     """
     started = time.process_time()
     near, far = socket.socketpair()
-    with far, SlowSocket(fileno=near.detach()) as sock:
-        sock.at_a_time = at_a_time
+    with far, kind(fileno=near.detach()) as sock:
         far.sendall(data)
         if ended:
             far.shutdown(socket.SHUT_WR)
         connection = dub_customers._Connection(sock)
         try:
-            return connection.exchange(b"GET / HTTP/1.1\r\n\r\n", time.monotonic() + 5)
+            return connection.exchange(b"GET", time.monotonic() + seconds)
         finally:
             assert time.process_time() - started < 3
 
 
-def test_deadline_counts_even_if_there_is_always_something_to_read():
-    near, far = socket.socketpair()
-    with near, far:
-        far.sendall(response())
-        with pytest.raises(socket.timeout):
-            dub_customers._Connection(near).exchange(b"GET", time.monotonic())
-
-
-def assert_rejected(data):
-    """The reader rejects these bytes at once: whole, byte by byte, with data behind them."""
-    for sent, at_a_time in ((data, 65536), (data, 1), (data + response(), 65536)):
-        with pytest.raises(ConnectionError):
-            read(sent, at_a_time)
-
-
 def assert_understood(data, body=b"{}", keep_alive=True):
-    """The reader accepts these bytes: whole, byte by byte, with data behind them."""
-    for sent, at_a_time in ((data, 65536), (data, 1), (data + response(), 65536)):
-        result = read(sent, at_a_time)
+    """The reader accepts these bytes: byte by byte, and with data behind them."""
+    for result in (read(data, SlowSocket), read(data + response())):
         assert (result.body, result.keep_alive) == (body, keep_alive)
-
-
-SWALLOWS = 1  # a port at which packets are lost
 
 
 @pytest.fixture
 def network(monkeypatch, clock):
     """Let every name have `network.addresses`, of (family, port).
 
-    `names` are looked up; if there is an `error`, it takes 0.25 seconds. `waited` are the
-    seconds spent on the port SWALLOWS.
+    `names` are looked up. Without addresses, the `error` is raised after 0.25 seconds.
+    `waited` are the seconds spent on the port SWALLOWS, where packets are lost.
     """
 
     def resolve(host, port, *args, **options):
         network.names.append((host, port))
-        if network.error is not None:
+        if not network.addresses:
             clock.now += 0.25
             raise network.error
         kind = (socket.SOCK_STREAM, 6, "")
@@ -397,7 +372,8 @@ def network(monkeypatch, clock):
             raise socket.timeout("timed out")
         really_connect(sock, address)
 
-    network = types.SimpleNamespace(addresses=[], names=[], waited=[], error=None)
+    network = types.SimpleNamespace(addresses=[], names=[], waited=[])
+    network.error = socket.gaierror(-2, "Name or service not known")
     really_connect = socket.socket.connect
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(socket.socket, "connect", connect)
@@ -416,12 +392,6 @@ def tls(tmp_path_factory):
     server.load_cert_chain(str(pem))
     trusting = ssl.create_default_context(cafile=str(pem))
     return types.SimpleNamespace(server=server, trusting=trusting, pem=str(pem))
-
-
-@pytest.fixture(params=["http", "https"])
-def tls_or_none(request, tls):
-    """Runs a test twice, over http and over https."""
-    return tls if request.param == "https" else None
 
 
 # --- Errors -------------------------------------------------------------------------------
@@ -452,7 +422,8 @@ def test_all_names_exactly_what_is_public():
 @parametrize("name", PUBLIC)
 def test_public_class_has_a_docstring_and_hints_that_resolve(name):
     public = getattr(dub_customers, name)
-    assert not (public.__doc__ or f"{name}(").startswith(f"{name}(")  # made up by dataclass
+    # dataclass() makes one up that begins like this.
+    assert not (public.__doc__ or f"{name}(").startswith(f"{name}(")
     typing.get_type_hints(public)
     typing.get_type_hints(public.__init__)
 
@@ -469,7 +440,6 @@ def test_status_decides_the_class(api, status):
     api.serve({"error": {"code": "never_heard_of"}}, status)
     error = error_of(api.client, max_retries=0)
     assert type(error) is CLASSES[status]
-    assert error.status_code == status
 
 
 def test_api_error_holds_what_the_server_said(api):
@@ -477,7 +447,7 @@ def test_api_error_holds_what_the_server_said(api):
     error = error_of(api.client)
     assert error.code == "not_found"
     assert error.message == "No such."
-    assert error.doc_url == "https://x.co"
+    assert error.doc_url == "url"
     assert error.headers["x-request-id"] == "r1"
     assert json.loads(error.body) == NOT_FOUND
     assert str(error) == "404 not_found: No such."
@@ -487,7 +457,7 @@ def test_api_error_can_be_made_of_nothing():
     values = vars(dub_customers.NotFound())
     assert isinstance(values.pop("headers"), Message)
     nothing = {"message": "", "status_code": 0, "code": None, "doc_url": None, "body": b""}
-    assert values == nothing
+    assert values == {**nothing, "retry_after": None}
 
 
 ERRORS = [kind("m", 418, "c", "d", Message(), b"x") for kind in CLASSES.values()]
@@ -549,9 +519,7 @@ def mismatch(data, *path, model=Customer):
 @parametrize(("owner", "key"), FIELDS)
 def test_each_field_is_read_from_its_key(owner, key):
     value = field_of(Customer.from_json(EXPANDED), owner, key)
-    if key in MODELS:
-        assert type(value) is MODELS[key]
-    else:
+    if key not in MODELS:
         assert value == EXPANDED.get(owner, EXPANDED)[key]
 
 
@@ -576,14 +544,7 @@ def test_field_of_another_type_is_named_by_its_path(owner, key):
         assert mismatch(changed(owner, **{key: value})) == expected
 
 
-@parametrize("number", [0, -7, 0.1, 3.0, 2**53 + 1, 10**400])
-def test_number_stays_what_it_was(number):
-    sales = Customer.from_json(changed("", sales=number)).sales
-    assert (sales, type(sales)) == (number, type(number))
-
-
-NO_NUMBERS = [(float("nan"), "nan"), (float("inf"), "inf"), (float("-inf"), "-inf")]
-NO_NUMBERS += [((), "tuple"), (decimal.Decimal("1"), "Decimal")]
+NO_NUMBERS = [(float("nan"), "nan"), (float("-inf"), "-inf"), (1j, "1j")]
 
 
 @parametrize(("value", "got"), NO_NUMBERS)
@@ -620,14 +581,6 @@ def test_raw_is_the_decoded_object_and_no_part_of_the_value():
 
 # --- Client -------------------------------------------------------------------------------
 # `Dub(...).customers.get(...)` returns the customer or raises, before the deadline.
-
-
-def test_sample_in_the_docstring_works(api, monkeypatch, capsys):
-    monkeypatch.setitem(Dub.__init__.__kwdefaults__, "server_url", api.url)
-    monkeypatch.setenv("DUB_API_KEY", TOKEN)
-    api.serve()
-    exec("\n".join(re.findall("^    (.*)$", dub_customers.__doc__, re.MULTILINE)), {})
-    assert capsys.readouterr().out == f"{Customer.from_json(PLAIN)}\n"
 
 
 def test_arguments_and_their_defaults_are_as_documented():
@@ -687,13 +640,14 @@ def test_call_in_progress_goes_on_after_close(raw, clock):
 
     server = raw(script)
     ask(server.client)
-    server.wait_until_gone(3)  # and leaves no connection
+    # It leaves no connection.
+    server.wait_until_gone(3)
 
 
 @parametrize("duplicate", [lambda client: pickle.loads(pickle.dumps(client)), copy.deepcopy])
 def test_pickle_and_deepcopy_carry_the_options(api, clock, duplicate):
     api.serve({}, 503)
-    url = api.httpserver.url_for("/v1")
+    url = api.httpserver.url_for("/v1//")
     error_of(duplicate(Dub(TOKEN, server_url=url, timeout_ms=8_000, max_retries=9)))
     assert clock.waits == [0.5, 1, 2, 4]
     assert api.requests[0].path == "/v1/customers/cus_1"
@@ -709,18 +663,20 @@ def test_ssl_context_is_never_silently_lost(duplicate, tls):
 @parametrize("max_retries", [0, 1, 3])
 def test_max_retries_is_how_often_a_request_is_sent_again(api, clock, max_retries):
     api.serve({}, 500)
-    url = api.url
-    error_of(Dub(TOKEN, server_url=url, max_retries=max_retries))
-    error_of(Dub(TOKEN, server_url=url), max_retries=max_retries)
+    error_of(Dub(TOKEN, server_url=api.url, max_retries=max_retries))
+    error_of(api.client, max_retries=max_retries)
     assert len(api.requests) == 2 * (max_retries + 1)
 
 
-def test_timeout_names_timeout_ms_and_the_server(raw):
-    server = raw(Peer.wait_for_end, timeout_ms=2**31 - 1)
-    error = error_of(server.client, timeout_ms=50)
+# With https, it waits for the TLS handshake.
+@parametrize("scheme", ["http", "https"])
+def test_timeout_names_timeout_ms_and_the_server(raw, scheme):
+    server = raw(Peer.wait_for_end)
+    url = f"{scheme}://{server.address}"
+    error = error_of(Dub(TOKEN, server_url=url, timeout_ms=2**31 - 1), timeout_ms=50)
     assert type(error) is RequestTimeout
     assert "timeout_ms=50" in str(error)
-    assert f"127.0.0.1:{server.port}" in str(error)
+    assert server.address in str(error)
     assert server.connections == 1  # it is not retried
 
 
@@ -731,22 +687,17 @@ def test_timeout_covers_all_retries(api, clock):
     assert clock.waits == [0.5, 1]
 
 
-DRIPS = [(OK[:-2], b"O"), (OK + b"Content-Length: 9999\r\n\r\n", b" ")]
-DRIPS += [(CHUNKED, b"1\r\n \r\n"), (b"", b"HTTP/1.1 100 Continue\r\n\r\n")]
-
-
-@parametrize(("start", "drop"), DRIPS)
-def test_timeout_ends_a_response_that_drips(raw, tls_or_none, start, drop):
+@parametrize("drop", [b"x", b"HTTP/1.1 100 Continue\r\n\r\n"])
+def test_timeout_ends_a_response_that_drips(raw, tls, drop):
     def script(peer):
         peer.request()
         peer.send(response())
         peer.request()
-        peer.send(start)
         for _ in range(100):
             time.sleep(0.02)
             peer.send(drop)
 
-    server = raw(script, tls_or_none)
+    server = raw(script, tls)
     ask(server.client)
     assert type(error_of(server.client, timeout_ms=80)) is RequestTimeout
     assert server.connections == 1
@@ -764,52 +715,37 @@ def test_timeout_ends_a_request_that_the_server_reads_slowly(raw):
     assert type(error) is RequestTimeout
 
 
-def test_timeout_ends_a_tls_handshake_that_gets_no_answer(raw):
-    url = raw(Peer.wait_for_end).url.replace("http", "https")
-    assert type(error_of(Dub(TOKEN, server_url=url), timeout_ms=80)) is RequestTimeout
+OUTCOMES = [(ConnectionError("broken"), "broken"), (KeyboardInterrupt(), "interrupted")]
 
 
-def test_request_leaves_one_debug_line(api, clock, caplog):
+@parametrize(("error", "outcome"), OUTCOMES)
+def test_request_leaves_one_debug_line(network, caplog, error, outcome):
     caplog.set_level(logging.DEBUG)
-    api.serve({}, 503)
-    error_of(api.client, include_expanded_fields=True, max_retries=1)
-    lines = [record for record in caplog.records if record.name == "dub_customers"]
-    assert [record.levelno for record in lines] == [logging.DEBUG] * 2
-    expected = "GET /customers/cus_1?includeExpandedFields=true: 503, 0.0 ms"
-    assert lines[0].getMessage() == expected
-
-
-@parametrize("kind", [ConnectionError, KeyboardInterrupt])
-def test_debug_line_tells_how_long_a_failure_took(network, caplog, kind):
-    caplog.set_level(logging.DEBUG)
-    network.error = kind("out of order")
-    with pytest.raises((NoResponseError, kind)):
-        Dub(TOKEN).customers.get("cus_1", max_retries=0)
-    assert caplog.messages[-1].endswith(" 250.0 ms")
-    assert ("out of order" in caplog.text) == (kind is ConnectionError)
-    assert TOKEN not in caplog.text
+    network.error = error
+    with pytest.raises((NoResponseError, KeyboardInterrupt)):
+        Dub(TOKEN).customers.get("cus_1", include_expanded_fields=True, max_retries=0)
+    line = f"GET /customers/cus_1?includeExpandedFields=true: {outcome}, 250.0 ms"
+    assert caplog.record_tuples == [("dub_customers", logging.DEBUG, line)]
 
 
 def test_vendored_copy_logs_under_its_own_name(raw, monkeypatch, caplog):
-    spec = importlib.util.spec_from_file_location("vendored_dub", str(MODULE))
+    spec = importlib.util.spec_from_file_location("vendored", str(MODULE))
     vendored = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "vendored_dub", vendored)
+    monkeypatch.setitem(sys.modules, "vendored", vendored)
     spec.loader.exec_module(vendored)
     caplog.set_level(logging.DEBUG)
     server = raw()
     with vendored.Dub(TOKEN, server_url=server.url) as client:
         ask(client)
-    assert caplog.records[-1].name == "vendored_dub"
+    assert caplog.records[-1].name == "vendored"
+    assert caplog.messages[-1].startswith("GET /customers/cus_1: 200, ")
     assert fields_of(server.requests[0]) == expected_fields(server)
 
 
 def test_threads_that_share_a_client_get_their_own_customers(raw):
     def script(peer):
         # A connection ends after two responses. Every fifth breaks in the third one.
-        for _ in range(2):
-            head = peer.request()
-            if not head:
-                return
+        for _, head in zip(range(2), iter(peer.request, "")):
             peer.send(response("200 OK", body_of(asked_id(head))))
         if peer.number % 5 == 0:
             peer.request()
@@ -828,13 +764,9 @@ def test_threads_that_share_a_client_get_their_own_customers(raw):
 @parametrize(
     ("id", "segment"),
     [
-        # The server removes the first "ext_" only.
-        ("ext_ext_5", "ext_ext_5"),
-        ("cus_a/b?c=d#e", "cus_a%2Fb%3Fc%3Dd%23e"),
-        ("../links", "%2E%2E%2Flinks"),
-        # Dub's server would strip ".rsc".
-        ("ext_alice.rsc", "ext_alice%2Ersc"),
-        ("ext_a\r\nX: 1", "ext_a%0D%0AX%3A%201"),
+        ("../a?b=c#d\r\n", "%2E%2E%2Fa%3Fb%3Dc%23d%0D%0A"),
+        # The server removes the first "ext_" only. It would strip ".rsc".
+        ("ext_ext_5.rsc", "ext_ext_5%2Ersc"),
         ("ext_ü客🎉", "ext_%C3%BC%E5%AE%A2%F0%9F%8E%89"),
     ],
 )
@@ -857,7 +789,6 @@ def test_expansion_is_said_in_lower_case_or_not_at_all(api, expand, said):
 @parametrize(
     ("arguments", "message"),
     [
-        ({}, "TypeError: id: expected str, got NoneType"),
         ({"request": {}}, "TypeError: id: expected str, got NoneType"),
         ({"id": "a", "include_expanded_fields": 1}, "TypeError: include_expanded_fields: exp"),
         ({"request": []}, "TypeError: request: expected Mapping, got list"),
@@ -866,7 +797,7 @@ def test_expansion_is_said_in_lower_case_or_not_at_all(api, expand, said):
         ({"request": {}, "include_expanded_fields": False}, "TypeError: pass either request,"),
         ({"id": "a", "timeout_ms": True}, "TypeError: timeout_ms: expected int or"),
         ({"id": "a", "timeout_ms": 0}, "ValueError: timeout_ms: expected"),
-        ({"id": "a", "http_headers": [("X", "a")]}, "TypeError: http_headers: expected Mapping"),
+        ({"id": "a", "http_headers": []}, "TypeError: http_headers: expected Mapping or None"),
     ],
 )
 def test_invalid_argument_of_get_is_refused(api, arguments, message):
@@ -882,6 +813,7 @@ def test_id_that_cannot_be_meant_is_refused(api, id):
 @parametrize(
     ("options", "message"),
     [
+        ({"token": None}, "ValueError: DUB_API_KEY is missing, or has a space"),
         ({"token": b"dub_1"}, "TypeError: token: expected str, got bytes"),
         ({"ssl_context": False}, "TypeError: ssl_context: expected SSLContext or NoneType"),
         ({"timeout_ms": 2**31}, "ValueError: timeout_ms: expected"),
@@ -896,11 +828,12 @@ def test_invalid_option_of_a_client_is_refused(options, message):
 
 
 def expected_fields(server, **others):
+    """The header fields of a request to the server, as fields_of() gives them."""
     fields = {
         "accept": "application/json",
         "accept-encoding": "identity",
         "authorization": f"Bearer {TOKEN}",
-        "host": f"127.0.0.1:{server.port}",
+        "host": server.address,
         "user-agent": f"dub_customers/{dub_customers.__version__} (Python)",
     }
     return sorted({**fields, **others}.items())
@@ -918,55 +851,26 @@ def test_http_headers_are_sent_once_in_place_of_ours(raw, names, value):
     assert fields_of(server.requests[0]) == expected_fields(server, **sent)
 
 
-BAD_NAMES = [
-    "",
-    "X\n",
-    "é",
-    "X\0",
-    "connection",
-]
-BAD_NAMES += ["Content-Length", "TRANSFER-ENCODING", "Proxy-Authorization"]
-BAD_VALUES = [
-    "a\nY: b",
-    "\0",
-    "\x7f",
-    "\u0100",
-    1,
-    b"a",
-]
+BAD_NAMES = ["", "X\n", "é", b"X", "connection", "Content-Length"]
+BAD_NAMES += ["TRANSFER-ENCODING", "Proxy-Authorization"]
+BAD_VALUES = ["a\nY: b", "\x7f", "\u0100", b"a"]
 BAD_HEADERS = [(name, "a") for name in BAD_NAMES] + [("X-Odd", value) for value in BAD_VALUES]
 
 
 @parametrize(("name", "value"), BAD_HEADERS)
 def test_http_headers_that_cannot_be_sent_are_refused(api, name, value):
-    told = refusal(api.client.customers.get, "cus_1", http_headers={"X-Good": "a", name: value})
-    expected = re.escape(str(name).replace("\n", "").replace("\0", ""))
-    assert re.match(f"(Value|Type)Error: http_headers: .*{expected}", told)
+    told = refusal(api.client.customers.get, "cus_1", http_headers={name: value})
+    assert re.match(f"(Value|Type)Error: http_headers.*{str(name).strip()}", told)
 
 
-@parametrize("name", [1, b"X"])
-def test_name_of_a_header_must_be_a_string(api, name):
-    with pytest.raises(TypeError):
-        api.client.customers.get("cus_1", http_headers={name: "a"})
-
-
+# The usual fault is a line break, because the token was read from a file.
+@parametrize("token", ["", "s3cr3t\n", "dub s3cr3t", "s3cr3t\x7f", "s3cr3té"])
 @parametrize("source", ["token", "token()", "DUB_API_KEY"])
-@parametrize(
-    "token",
-    # The usual fault is a line break, because the token was read from a file.
-    ["", "dub_s3cr3t\n", "dub s3cr3t", "dub_s3cr3t\x7f", "dub_s3cr3té", "dub_s3cr3t\udcff"],
-)
 def test_token_that_no_header_can_carry_is_refused(monkeypatch, source, token):
     monkeypatch.setenv("DUB_API_KEY", token)
     given = {"token": token, "token()": lambda: token, "DUB_API_KEY": None}[source]
     told = refusal(lambda: Dub(given).customers.get("cus_1"))
     assert told.startswith(f"ValueError: {source} ")
-
-
-def test_token_is_a_string():
-    assert "DUB_API_KEY" in refusal(Dub)
-    told = refusal(Dub(dict).customers.get, "cus_1")
-    assert told == "TypeError: token(): expected str, got dict"
 
 
 class OddText(str):
@@ -978,27 +882,25 @@ class OddText(str):
 def test_str_subclass_counts_by_its_value(raw):
     server = raw()
     headers = {OddText("X-Name"): OddText("value")}
-    for token in (OddText(TOKEN), lambda: OddText(TOKEN)):
-        ask(Dub(token, server_url=OddText(server.url)), OddText("ext_1"), http_headers=headers)
-        head = server.requests.pop()
-        assert fields_of(head) == expected_fields(server, **{"x-name": "value"})
+    client = Dub(OddText(TOKEN), server_url=OddText(server.url))
+    ask(client, OddText("ext_1"), http_headers=headers)
+    assert fields_of(server.requests[0]) == expected_fields(server, **{"x-name": "value"})
 
 
-GOOD_URLS = """http://localhost http://LOCALHOST:80 http://127.9.8.77 http://[::1]:8
-http://localhost.:1 http://[0:0:0:0:0:0:0:1]
-https://x.example./v1// https://a_b-c https://[::ffff:10.0.0.1] HTTPS://h:65535/a%20b""".split()
+GOOD_URLS = """http://LOCALHOST http://localhost.:1 http://127.9.8.77 http://[0:0::1]
+https://x.example. https://a_b-c https://[::ffff:10.0.0.1] HTTPS://h:65535/a%20b""".split()
 
 
 @parametrize("url", GOOD_URLS)
 def test_server_url_is_accepted(url):
-    Dub(TOKEN, server_url=url)  # a warning would be an error
+    # A warning would be an error.
+    Dub(TOKEN, server_url=url)
 
 
-BAD_URLS = """api.dub.co ftp://h https:///p https://:80 https://h/?q https://h# https://h:
-https://h:x https://h:0 https://h:65536 https://h:٣ https://a..b https://dübb.co https://h/é
-https://[::1 https://[v1.a] https://[::1]x https://[..]:1""".split()
-BAD_URLS += ["", "https://h/a b", "https://h\n", "https://" + "a" * 64]
-BAD_URLS += ["https://u:s3cr3t@h", "s3cr3t@h:x", "http://h:x/@s3cr3t"]
+BAD_URLS = """api.dub.co ftp://h https://:80 https://h/?q https://h# https://h: https://h:0
+https://h:x https://a..b https://dübb.co https://[::1 https://[v1.a] https://[::1]x
+https://[..]:1 https://u:s3cr3t@h http://h:x/@s3cr3t""".split()
+BAD_URLS += ["https://h/a b", "https://h\n", "https://" + "a" * 64]
 
 
 @parametrize("url", BAD_URLS)
@@ -1009,25 +911,15 @@ def test_server_url_is_refused_and_shown_unless_it_may_hold_a_password(url):
     assert refusal(Dub, TOKEN, server_url=url) == expected
 
 
-@parametrize("path", ["", "/", "/api/v1//"])
-def test_server_url_may_have_a_path_and_any_case(api, path):
-    api.httpserver.expect_request(path.rstrip("/") + "/customers/cus_1").respond_with_json(PLAIN)
-    url = api.url.rstrip("/") + path
-    ask(Dub(TOKEN, server_url=url))
-    ask(Dub(TOKEN, server_url=url.replace("http://localhost", "HTTP://LocalHost")))
-
-
 @parametrize("host", ["example.com:80", "127.0.0.1.x", "localhost.x", "1127.0.0.1", "[::2]"])
 def test_plain_http_to_another_machine_warns_at_the_callers_line(host):
     with pytest.warns(UserWarning, match=re.escape(f"{host} unencrypted")) as caught:
-        line = inspect.currentframe().f_lineno + 1
         Dub(TOKEN, server_url=f"http://{host}/v1")
-    assert [(each.filename, each.lineno) for each in caught] == [(__file__, line)]
+    assert [each.filename for each in caught] == [__file__]
 
 
 # --- Retries ------------------------------------------------------------------------------
 # What may pass is tried again after a random wait, if the longest such wait fits.
-
 
 MAY_PASS = [408, 429, 500, 502, 503, 504]
 
@@ -1039,24 +931,13 @@ def test_status_is_retried_if_it_may_pass(api, clock, status):
     assert clock.waits == [0.5, 1] * (status in MAY_PASS)
 
 
-@parametrize("data", [b"", OK[:-3], response()[:-5], b"SSH-2.0-OpenSSH_9.2p1\r\n"])
+@parametrize("data", [b"", OK[:-3], response()[:-5], b"SSH-2.0-x\r\n"])
 def test_lost_or_malformed_response_is_retried(raw, clock, data):
     ask(raw(one_each(data, data, response())).client)
     assert clock.waits == [0.5, 1]
 
 
-def test_failed_connection_is_retried(network, clock):
-    network.error = socket.gaierror(-2, "Name or service not known")
-    error = error_of(Dub(TOKEN))
-    assert type(error) is NoResponseError
-    assert re.search("api.dub.co.*Name or service not known", str(error))
-    assert len(clock.waits) == 2
-
-
-@parametrize(
-    ("chance", "waits"),
-    [(0, [0] * 7), (0.5, [0.25, 0.5, 1, 2, 4, 4, 4]), (1, [0.5, 1, 2, 4, 8, 8, 8])],
-)
+@parametrize(("chance", "waits"), [(0, [0] * 7), (1, [0.5, 1, 2, 4, 8, 8, 8])])
 def test_random_wait_doubles_up_to_eight_seconds(api, clock, chance, waits):
     clock.chance = chance
     api.serve({}, 500)
@@ -1064,49 +945,47 @@ def test_random_wait_doubles_up_to_eight_seconds(api, clock, chance, waits):
     assert clock.waits == waits
 
 
-def told_to_wait(raw, value, *fields, status="429 X"):
-    """A client whose first response has this Retry-After, and no Date unless given."""
-    failed = response(status, b"{}", f"Retry-After: {value}", *fields)
-    return raw(one_each(failed, response())).client
-
-
 # A random time is added: as long as the wait told, at least 0.5 and at most 4 seconds. If
 # the longest wait would not end within 30 seconds, there is none.
-WAITS = [(429, 0, 1, [0.5]), (429, 1, 1, [2]), (429, 7, 1, [11]), (429, 7, 0.5, [9])]
-WAITS += [(429, 7, 0, [7]), (429, 25, 1, [29]), (429, 26, 0, []), (429, 26, 1, [])]
+WAITS = [(429, 0, 1, [0.5]), (429, 1, 1, [2]), (429, 7, 1, [11]), (429, 7, 0, [7])]
 WAITS += [(503, 25, 1, [29]), (503, 26, 0, []), (500, 3600, 1, [0.5])]
 
 
 @parametrize(("status", "seconds", "chance", "waits"), WAITS)
-def test_retry_after_counts_for_429_and_503(raw, clock, status, seconds, chance, waits):
+def test_retry_after_counts_for_429_and_503(api, clock, status, seconds, chance, waits):
     clock.chance = chance
-    with suppress(APIError):
-        ask(told_to_wait(raw, seconds, status=f"{status} X"))
-        assert len(waits) == 1
+    api.serve({}, status, {"Retry-After": str(seconds)})
+    error_of(api.client, max_retries=1)
     assert clock.waits == waits
 
 
 # The clock of this machine shows 01:46:40, that of the server ten seconds less.
 DATE = "Date: Sun, 09 Sep 2001 01:46:30 GMT"
-
-
-NO_DATE = "X: y"
-MOMENTS = [("007", DATE, 7), ("1000000000500", DATE, 10.5), ("1000000000500", NO_DATE, 0.5)]
-MOMENTS += [("1000000000500", "Date: yesterday", 0.5), (DATE[6:], DATE, 0), (DATE[6:], NO_DATE, 0)]
-MOMENTS += [("Sun, 09 Sep 2001 01:46:40 GMT", DATE, 10)]
-NONSENSE = [
-    "",
-    "1234567890",
-    "12345678901234",
+MOMENTS = [
+    ("007", DATE, 7),
+    ("1234567890", DATE, None),
+    ("1000000000500", DATE, 10.5),
+    ("1000000000500", "Date: yesterday", 0.5),
+    ("10000000005000", DATE, None),
+    ("Sun, 09 Sep 2001 01:46:40 GMT", DATE, 10),
+    ("Sun, 09 Sep 2001 01:46:30 GMT", "X: y", 0),
+    # An old form, without a zone: it is UTC all the same.
+    ("Sun Sep  9 01:46:40 2001", DATE, 10),
+    # Python's own functions raise several kinds of errors for these.
+    ("6 Nov 1994 1.2.3.4 GMT", DATE, None),
+    ("6 Nov 1994 1:2:3 -" + "9" * 400, DATE, None),
 ]
-# Python's own functions raise several kinds of errors for these.
-NONSENSE += ["6 Nov 1994 1.2.3.4 GMT", "31 Dec 9999 23 -9999", "6 Nov 1994 1:2:3 -" + "9" * 400]
 
 
-@parametrize(("value", "date", "seconds"), MOMENTS + [(text, DATE, None) for text in NONSENSE])
-def test_retry_after_is_seconds_a_date_or_milliseconds(raw, clock, value, date, seconds):
-    retry_after = error_of(told_to_wait(raw, value, date), max_retries=0).retry_after
-    assert retry_after == pytest.approx(seconds)
+@parametrize(("value", "date", "seconds"), MOMENTS)
+def test_retry_after_is_seconds_a_date_or_milliseconds(
+    raw, clock, monkeypatch, value, date, seconds
+):
+    monkeypatch.setenv("TZ", "EST5")
+    time.tzset()
+    failed = response("429 X", b"{}", f"Retry-After: {value}", date)
+    error = error_of(raw(one_each(failed)).client, max_retries=0)
+    assert error.retry_after == pytest.approx(seconds)
 
 
 # --- Connections --------------------------------------------------------------------------
@@ -1117,15 +996,18 @@ def test_instrumentation_that_wraps_the_opener_sees_each_call(api, monkeypatch):
     def traced_open(opener, request, **options):
         request.add_header("traceparent", "00-1")
         answer = really_open(opener, request, **options)
-        seen.append((answer.getcode(), answer.headers["X"], answer.info()["X"], answer.url))
+        answers.append(answer)
         return answer
 
-    seen = []
+    answers = []
     really_open = OpenerDirector.open
     monkeypatch.setattr(OpenerDirector, "open", traced_open)
     api.serve(NOT_FOUND, 404, {"X": "y"})
     assert error_of(api.client).code == "not_found"
-    assert seen == [(404, "y", "y", f"{api.url}customers/cus_1".replace("//c", "/c"))]
+    (answer,) = answers
+    assert (answer.getcode(), answer.url) == (404, f"{api.url}customers/cus_1")
+    assert answer.headers["X"] == answer.info()["X"] == "y"
+    assert answer.fp.closed
     assert api.requests[0].headers["traceparent"] == "00-1"
 
 
@@ -1142,23 +1024,18 @@ def test_packets_are_not_delayed(raw, monkeypatch):
     monkeypatch.setattr(socket.socket, "setsockopt", Mock())
     ask(raw().client)
     options = [each.args for each in socket.socket.setsockopt.mock_calls]
-    assert options == [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)] * 2  # at both ends
+    assert options == [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)]
 
 
-def open_many(raw, count, again=True):
-    """A server whose client has idle connections. The one made last is idle the longest.
-
-    again: whether these connections serve another request, rather than end.
-    """
+def open_many(raw, count):
+    """A server whose client has idle connections. The one made last is idle the longest."""
 
     def script(peer):
         peer.request()
         if peer.number < count:
             ask(server.client)
         peer.send(response())
-        if again or peer.number > count:
-            peer.answer_by_id()
-        peer.request()
+        peer.answer_by_id()
 
     server = raw(script)
     ask(server.client)
@@ -1173,14 +1050,6 @@ def test_at_most_32_idle_connections_are_kept(raw):
     server.wait_until_gone(32)
 
 
-def test_connections_are_closed_with_the_last_reference_to_the_client(raw):
-    server = raw()
-    ask(server.client)
-    server.client = None
-    gc.collect()  # for PyPy
-    server.wait_until_gone()
-
-
 def test_oldest_idle_connection_is_used_first(raw):
     server = open_many(raw, 3)
     for _ in range(4):
@@ -1188,72 +1057,50 @@ def test_oldest_idle_connection_is_used_first(raw):
     assert server.served == [1, 2, 3, 3, 2, 1, 3]
 
 
-def test_dead_idle_connections_are_closed_by_the_next_call(raw):
-    server = open_many(raw, 5)
-    server.hang_up()
-    server.wait_until_gone(5)
-    before = len(os.listdir("/dev/fd"))
+# The monotonic clock may stand still while a machine sleeps.
+@parametrize(("seconds", "closed"), [(60, 0), (61, 3), (-61, 3)])
+def test_call_closes_connections_that_were_idle_for_a_minute(raw, clock, seconds, closed):
+    server = open_many(raw, 3)
+    clock.wall += seconds
     ask(server.client)
-    # Five sockets are closed. The two ends of the new connection are open.
-    assert len(os.listdir("/dev/fd")) == before - 3
+    server.wait_until_gone(closed)
+    assert not server.gone.acquire(timeout=0.01)
 
 
-@parametrize(
-    ("monotonic", "wall", "connections"),
-    # The monotonic clock may stand still while a machine sleeps.
-    [(0, 60, 1), (999, 0, 1), (0, 61, 2), (0, -61, 2)],
-)
-def test_connection_is_used_for_a_minute(raw, clock, monotonic, wall, connections):
-    server = raw()
-    ask(server.client)
-    clock.now += monotonic
-    clock.wall += wall
-    ask(server.client)
-    assert server.connections == connections
-
-
-@parametrize("data", [b"", response(), b"\r\n", b"HTTP/1.1 103 Early Hints\r\n\r\n"])
-def test_connection_is_not_used_if_there_is_something_to_read(raw, tls_or_none, data):
+@parametrize("data", [b"", response()])
+def test_connection_is_not_used_if_there_is_something_to_read(raw, tls, data):
     own = response("200 OK", body_of("ext_1"))
-    server = raw(one_each(own + data, own), tls_or_none, max_retries=0)
+    server = raw(one_each(own + data, own), tls, max_retries=0)
     for _ in range(2):
         ask(server.client, "ext_1")
         server.wait_until_gone()
 
 
-@parametrize(("sent", "connections"), [(b"", 2), (b"H", 1), (response()[:-1], 1)])
-def test_kept_connection_that_fails_is_replaced_if_no_byte_came(
-    raw, tls_or_none, sent, connections
-):
+@parametrize("sent", [b"", b"H"])
+def test_kept_connection_that_fails_is_replaced_if_no_byte_came(raw, tls, sent):
     def script(peer):
         for data in (response(), sent):
             peer.request()
             peer.send(data)
 
-    server = raw(script, tls_or_none, max_retries=0)
+    server = raw(script, tls, max_retries=0)
     ask(server.client)
     with suppress(NoResponseError):
         ask(server.client)
-        assert connections == 2
-    assert server.connections == connections
+        assert sent == b""
+    assert server.connections == 2 - len(sent)
 
 
-def test_kept_connection_that_fails_is_replaced_by_a_new_one(raw):
-    server = open_many(raw, 3, again=False)
-    ask(server.client)
-    assert len(server.requests) == 5  # one of them over a kept connection
-
-
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_connection_is_not_shared_across_fork(raw, tls_or_none, monkeypatch):
-    server = raw(tls=tls_or_none)
+def test_connection_is_not_shared_across_fork(raw, tls, monkeypatch):
+    server = raw(tls=tls)
     ask(server.client)
     child = os.fork()
     if child == 0:
         os._exit(server.client.customers.get("ext_1").id != "ext_1")
     assert os.waitpid(child, 0)[1] == 0
     ask(server.client)
-    monkeypatch.setattr(os, "getpid", Mock(return_value=child))  # for the report of coverage
+    # Once more in this process, for the report of coverage.
+    monkeypatch.setattr(os, "getpid", Mock(return_value=child))
     ask(server.client)
     assert server.served == [1, 2, 1, 3]
 
@@ -1261,13 +1108,12 @@ def test_connection_is_not_shared_across_fork(raw, tls_or_none, monkeypatch):
 def test_more_than_1024_open_files_do_no_harm(raw):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1700), hard))
-    with ExitStack() as files:
-        files.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        for _ in range(1100):
-            files.enter_context(open(os.devnull))
-        server = raw()
-        ask(server.client)
-        ask(server.client)
+    files = [os.dup(0) for _ in range(1100)]
+    server = raw()
+    ask(server.client)
+    ask(server.client)
+    for file in files:
+        os.close(file)
     assert server.connections == 1
 
 
@@ -1296,15 +1142,15 @@ def test_address_without_a_socket_is_passed_over(raw, network):
     ask(server.client)
 
 
-HOSTS = [("http://localhost", "localhost", 80), ("https://dub.test", "dub.test", 443)]
-HOSTS += [("http://[::1]:8000", "::1", 8000)]
+HOSTS = [("https://dub.test", "dub.test", 443), ("http://[::1]:8000", "::1", 8000)]
 
 
 @parametrize(("url", "host", "port"), HOSTS)
-def test_name_without_an_address_is_an_error(network, url, host, port):
-    error = error_of(Dub(TOKEN, server_url=url), max_retries=0)
-    assert "has no address" in str(error)
-    assert network.names == [(host, port)]
+def test_name_without_an_address_is_an_error_after_retries(network, url, host, port):
+    error = error_of(Dub(TOKEN, server_url=url))
+    assert type(error) is NoResponseError
+    assert re.search(f"from .*{host}.*: .*Name or service not known", str(error))
+    assert network.names == [(host, port)] * 3
 
 
 LOGIN = ("proxy-authorization", "Basic " + base64.b64encode(b"us@er:pa:s3cr3t").decode())
@@ -1314,9 +1160,10 @@ LOGIN = ("proxy-authorization", "Basic " + base64.b64encode(b"us@er:pa:s3cr3t").
 @parametrize("setting", ["{}", "http://{}/", "HTTP://us%40er:pa%3As3cr3t@{}"])
 def test_http_proxy_is_asked_for_the_whole_url(raw, monkeypatch, setting):
     relay = raw()
-    monkeypatch.setenv("http_proxy", setting.format(f"127.0.0.1:{relay.port}"))
+    monkeypatch.setenv("http_proxy", setting.format(relay.address))
     client = Dub(TOKEN, server_url="http://dub.test/v1")
-    monkeypatch.delenv("http_proxy")  # it was looked up when the client was made
+    # It was looked up when the client was made.
+    monkeypatch.delenv("http_proxy")
     ask(client, "ext_a/b")
     head = relay.requests[0]
     assert head.startswith("GET http://dub.test/v1/customers/ext_a%2Fb HTTP/1.1\r\n")
@@ -1324,9 +1171,8 @@ def test_http_proxy_is_asked_for_the_whole_url(raw, monkeypatch, setting):
     assert (LOGIN in fields_of(head)) == ("s3cr3t" in setting)
 
 
-def tunnel(tls):
-    """A script of a proxy that answers CONNECT, and then is the server itself."""
-
+@parametrize(("login", "port"), [("us%40er:pa%3As3cr3t@", ""), ("", ":81")])
+def test_https_proxy_never_sees_the_token(raw, tls, monkeypatch, login, port):
     def script(peer):
         peer.request()
         # Lengths and codings do not count here.
@@ -1334,56 +1180,45 @@ def tunnel(tls):
         peer.start_tls(tls.server)
         peer.answer_by_id()
 
-    return script
-
-
-@parametrize("login", ["us%40er:pa%3As3cr3t@", ""], ids=["with login", "without"])
-@parametrize(("port", "target"), [("", "localhost:443"), (":81", "localhost:81")])
-def test_https_proxy_never_sees_the_token(raw, tls, monkeypatch, login, port, target):
-    relay = raw(tunnel(tls))
-    monkeypatch.setenv("https_proxy", f"http://{login}127.0.0.1:{relay.port}")
+    relay = raw(script)
+    monkeypatch.setenv("https_proxy", f"http://{login}{relay.address}")
     client = Dub(TOKEN, server_url=f"https://localhost{port}", ssl_context=tls.trusting)
     ask(client)
     ask(client)
     connect, get, _ = relay.requests
+    target = "localhost" + (port or ":443")
     assert connect.startswith(f"CONNECT {target} HTTP/1.1\r\n")
     assert fields_of(connect) == [("host", target)] + [LOGIN] * bool(login)
     assert "proxy-authorization" not in get.lower()
     assert ("host", f"localhost{port}") in fields_of(get)
 
 
-@parametrize(("status", "tries"), [(302, 1), (403, 1), (407, 1), (429, 1), (502, 3)])
-def test_answer_of_a_proxy_to_connect_is_told(raw, monkeypatch, clock, status, tries):
+REFUSALS = [("https", 302, 1), ("https", 403, 1), ("https", 407, 1), ("https", 502, 3)]
+STARTS = {"http": "GET http://[2001:db8::1]/", "https": "CONNECT [2001:db8::1]:443 HTTP"}
+
+
+@pytest.mark.filterwarnings("ignore:the API key")
+@parametrize(("scheme", "status", "tries"), REFUSALS + [("http", 407, 1)])
+def test_refusal_of_a_proxy_is_told(raw, monkeypatch, clock, scheme, status, tries):
     relay = raw(one_each(response(f"{status} X")))
-    monkeypatch.setenv("https_proxy", f"http://user:s3cr3t@127.0.0.1:{relay.port}")
-    told = str(error_of(Dub(TOKEN, server_url="https://[2001:db8::1]")))
-    assert f"answered {status}" in told
-    assert f"proxy 127.0.0.1:{relay.port} (https_proxy)" in told
-    assert ("user name or password" in told) == (status == 407)
+    monkeypatch.setenv(f"{scheme}_proxy", f"http://user:s3cr3t@{relay.address}")
+    told = str(error_of(Dub(TOKEN, server_url=f"{scheme}://[2001:db8::1]")))
+    assert f"proxy {relay.address} ({scheme}_proxy): the proxy" in told
+    assert str(status) in told
+    assert ("user name and password" in told) == (status == 407)
     assert relay.connections == tries
-    assert relay.requests[0].startswith("CONNECT [2001:db8::1]:443 HTTP/1.1\r\n")
+    assert relay.requests[0].startswith(STARTS[scheme])
 
 
-@pytest.mark.filterwarnings("ignore:the API key")
-def test_407_to_plain_http_is_asked_once(raw, monkeypatch):
-    relay = raw(one_each(response("407 X", b"")))
-    monkeypatch.setenv("http_proxy", f"http://user:s3cr3t@127.0.0.1:{relay.port}")
-    assert "user name or password" in str(error_of(Dub(TOKEN, server_url="http://dub.test")))
-    assert relay.connections == 1
-
-
-@pytest.mark.filterwarnings("ignore:the API key")
-@parametrize("scheme", ["http", "https"])
-def test_proxy_that_cannot_be_reached_is_named_with_its_variable(network, monkeypatch, scheme):
-    monkeypatch.setenv(f"{scheme}_proxy", "http://user:s3cr3t@proxy.test")
-    error = error_of(Dub(TOKEN, server_url=f"{scheme}://dub.test"), max_retries=0)
-    assert f"dub.test through the proxy proxy.test ({scheme}_proxy)" in str(error)
+def test_proxy_without_a_port_is_at_port_80(network, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://proxy.test")
+    error_of(Dub(TOKEN), max_retries=0)
     assert network.names == [("proxy.test", 80)]
 
 
-# The second host is in no_proxy. To the third one, the token would leave this machine.
+# The second host is in no_proxy. To the others, the token would leave this machine.
 UNUSED = [("http_proxy", "https://dub.test"), ("https_proxy", "https://api.dub.local")]
-UNUSED += [("http_proxy", "http://localhost")]
+UNUSED += [("http_proxy", "http://localhost"), ("http_proxy", "http://[::ffff:127.0.0.1]")]
 
 
 @parametrize(("variable", "url"), UNUSED)
@@ -1394,8 +1229,8 @@ def test_proxy_is_not_used(network, monkeypatch, variable, url):
     assert network.names[0][0] == urllib.parse.urlsplit(url).hostname
 
 
-BAD_PROXIES = """socks5://u:s3cr3t@h:1 https://u:s3cr3t@h http:// http:/u:s3cr3t@h
-http://u:s3cr3t@h:x http://u:s3cr3t@h:0 http://u:pa/s3cr3t@h http://h#s3cr3t""".split()
+BAD_PROXIES = ["https://u:s3cr3t@h", "http://u:pa/s3cr3t@h", "http://h/s3cr3t", "s3cr3t@h"]
+BAD_PROXIES += ["http://u:s3cr3t\udcff@h", "http://u:s3cr3t\t@h"]
 
 
 @parametrize("setting", BAD_PROXIES)
@@ -1415,18 +1250,23 @@ def test_certificate_that_is_not_accepted_is_not_retried(raw, tls, clock, host):
     assert server.connections == 1
 
 
-@parametrize("data", [response(), response("404 X"), b""])
-def test_client_and_its_tls_context_form_no_cycle(raw, data):
+@parametrize("data", [response(), response("404 X"), b"\n"])
+def test_client_that_is_dropped_frees_its_connections_and_tls_context(raw, data):
+    def script(peer):
+        peer.request()
+        peer.send(data)
+        peer.wait_for_end()
+
     context = ssl.create_default_context()
-    server = raw(one_each(data), ssl_context=context, max_retries=0)
+    server = raw(script, ssl_context=context, max_retries=0)
     context = weakref.ref(context)
-    gc.disable()
     with suppress(DubError):
         server.client.customers.get("cus_1")
     server.client = None
     if sys.implementation.name == "pypy":
         gc.collect()
     assert context() is None
+    server.wait_until_gone()
 
 
 def test_tls_context_is_made_once_when_first_needed(raw, tls, monkeypatch):
@@ -1451,110 +1291,76 @@ def test_end_of_the_stream_counts_only_if_tls_confirms_it(raw, tls):
 
 BAD_STATUS_LINES = [
     b"HTTP/2 200 OK",
-    b"HTTP/1.1",
     b"HTTP/1.1 099 OK",
-    b"HTTP/1.1 200 O\0K",
     # An empty line before it, a bare line feed, a bare carriage return.
     b"\r\nHTTP/1.1 200 OK",
     b"HTTP/1.1 200 OK\nX: y",
     b"HTTP/1.1 200 OK\rX: y",
-    # TLS.
-    b"\x15\3\1\0\2\2\n",
 ]
 BAD_FIELDS = [
     b"Nonsense",
     b": y",
     b"X : y",
-    b"\xdc: y",
     b"(: y",
-    b"X: y\0",
     b"X: \x1f",
     b"X: y\nZ: 1",
-    b"X: y\r",
-    # A folded line, and a blank before the first name.
+    # A folded line.
     b"X: y\r\n z: 1",
-    b" X: y",
 ]
-BAD_LENGTHS = [
-    b"",
-    b"+2",
-    b"2_0",
-    b"2,2",
-    b"9" * 100,
-    # Digits, but not ASCII.
-    "\u0662".encode(),
-    b"2\r\nContent-Length: 2",
-    b"2\r\nContent-Length: 3",
+BAD_FRAMINGS = [
+    b"Content-Length: ",
+    b"Content-Length: +2",
     # More than the limit.
-    b"1048577",
-]
-BAD_CODINGS = [
-    b"",
-    b"gzip",
-    b"chunked,",
-    b"chunked\r\nTransfer-Encoding: chunked",
-    b"chunked\r\nContent-Length: 12",
+    b"Content-Length: 1048577",
+    b"Content-Length: 2\r\nContent-Length: 2",
+    b"Transfer-Encoding: gzip",
+    b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+    b"Transfer-Encoding: chunked\r\nContent-Length: 5",
 ]
 BAD_CHUNKS = [
     b"\r\n",
     b"g\r\n",
-    b" 2\r\n",
     b"2 \r\n{}\r\n0\r\n\r\n",
     b"000000002\r\n{}\r\n",
     b"2\n{}\r\n",
     b"2;\0\r\n",
-    # Fewer or more bytes than the size says.
-    b"1\r\n{}\r\n",
+    # Fewer bytes than the size says, and other bytes than a line end after them.
     b"3\r\n{}\r\n\r\n",
-    # The line end after the bytes.
-    b"2\r\n{}\n0\r\n\r\n",
-    b"2\r\n{}xx",
-    # Trailers.
+    b"2\r\n{}xx0\r\n\r\n",
+    # A trailer.
     b"0\r\nx\r\n\r\n",
-    b"0\r\nX : y\r\n\r\n",
-    b"0\r\n\n\r\n",
 ]
-GOOD_HEADS = [
-    b"HTTP/1.1 200\r\n",
-    b"HTTP/1.1 200 \r\n",
-    b"HTTP/1.1 200 \xdc \t a: b\r\n",
-    OK + b"X:\r\n",
-    OK + b"!#$%&'*+.^_`|~-09azAZ: \t ~\x80\xff\r\n",
-    OK + b"Connection: keep-alive, closed\r\nConnection: x-close\r\n",
-    # A pattern that is not linear would take half a minute.
-    pytest.param(OK + b"X: a" + b" " * 60_000 + b"b\r\n", id="many blanks"),
-    # After interim responses.
-    b"HTTP/1.1 100 Continue\r\n\r\n" + OK,
-    b"HTTP/1.1 103 X\r\nContent-Length: 5\r\n\r\nHTTP/1.1 199 X\r\n\r\n" + OK,
-]
-GOOD_CHUNKS = [
-    b"A\r\n0123456789\r\n0\r\n\r\n",
-    b"1\r\n0\r\n9\r\n123456789\r\n0\r\n\r\n",
-    b'0000000a \t;a="b"; q\xdc\r\n0123456789\r\n00;x\r\nX: y\r\nContent-Length: 5\r\n\r\n',
-]
-CLOSING_HEADS = [
-    b"HTTP/1.0 200 OK\r\n",
-    b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\n",
-    OK + b"Connection: CLOSE\r\n",
-    OK + b"connection: keep-alive ,\tclose\r\n",
-    OK + b"Connection: x\r\nConnection: close\r\n",
-    # After interim responses.
-    b"HTTP/1.1 100 X\r\nConnection: close\r\n\r\n" + OK,
-    b"HTTP/1.0 100 X\r\n\r\n" + OK,
-]
-
-
 END = b"\r\nContent-Length: 2\r\n\r\n{}"
 MALFORMED = [line + END for line in BAD_STATUS_LINES]
 MALFORMED += [OK + line + END for line in BAD_FIELDS]
-MALFORMED += [OK + b"Content-Length: " + value + b"\r\n\r\n{}" for value in BAD_LENGTHS]
-MALFORMED += [CHUNKED.replace(b"chunked", value) + b"0\r\n\r\n" for value in BAD_CODINGS]
+MALFORMED += [OK + fields + b"\r\n\r\n0\r\n\r\n" for fields in BAD_FRAMINGS]
 MALFORMED += [CHUNKED + chunks for chunks in BAD_CHUNKS]
+# A pattern that is not linear would take half a minute for each of these.
+MANY_BLANKS = OK + b"X: a" + b" " * 60_000
+MALFORMED += [pytest.param(MANY_BLANKS + b"\0" + END, id="many blanks")]
+GOOD_HEADS = [
+    b"HTTP/1.1 200\r\n",
+    OK + b"X:\r\n",
+    OK + b"!#$%&'*+.^_`|~-09azAZ: \t ~\x80\xff\r\n",
+    OK + b"Connection: keep-alive, closed\r\nConnection: x-close\r\n",
+    pytest.param(MANY_BLANKS + b"b\r\n", id="many blanks"),
+    # After an interim response.
+    b"HTTP/1.1 199 X\r\nContent-Length: 5\r\n\r\n" + OK,
+]
+CLOSING_HEADS = [
+    b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\n",
+    OK + b"connection: keep-alive ,\tCLOSE\r\n",
+    OK + b"Connection: close\r\nConnection: x\r\n",
+    # After an interim response.
+    b"HTTP/1.1 100 X\r\nConnection: close\r\n\r\n" + OK,
+]
 
 
 @parametrize("data", MALFORMED)
-def test_malformed_response_is_rejected(data):
-    assert_rejected(data)
+def test_malformed_response_is_rejected_at_once(data):
+    for kind in (socket.socket, SlowSocket):
+        with pytest.raises(ConnectionError):
+            read(data, kind)
 
 
 @parametrize("head", GOOD_HEADS)
@@ -1562,9 +1368,11 @@ def test_legal_head_is_understood(head):
     assert_understood(head + b"content-LENGTH: \t02\t \r\n\r\n{}")
 
 
-@parametrize("chunks", GOOD_CHUNKS)
-def test_legal_chunks_are_understood(chunks):
-    assert_understood(OK + b"Transfer-Encoding: \tCHUNKED \r\n\r\n" + chunks, b"0123456789")
+def test_legal_chunks_are_understood():
+    data = OK + b"Transfer-Encoding: \tCHUNKED \r\n\r\n"
+    data += b'0000000a \t;a="b"; q\xdc\r\n0123456789\r\nB\r\n0123456789\n\r\n'
+    data += b"00;x\r\nX: y\r\nContent-Length: 5\r\n\r\n"
+    assert_understood(data, b"01234567890123456789\n")
 
 
 @parametrize("head", CLOSING_HEADS)
@@ -1576,6 +1384,11 @@ def test_connection_is_not_kept_if_the_server_closes_it(head):
 def test_204_and_304_have_no_body(status):
     head = b"HTTP/1.1 " + status + b" X\r\nContent-Length: 2\r\n\r\n"
     assert_understood(head, body=b"", keep_alive=False)
+
+
+def test_deadline_counts_even_if_there_is_always_something_to_read():
+    with pytest.raises(socket.timeout):
+        read(response(), seconds=0)
 
 
 def test_body_without_a_length_ends_with_the_stream():
@@ -1593,21 +1406,13 @@ def test_response_that_is_cut_anywhere_is_rejected():
 
 
 # The response may have 1 MiB with what stands for "@".
-TEMPLATES = [b"HTTP/1.1 100 X\r\nX: @\r\n\r\n" + response("200 OK", b"{}"), OK + b"\r\n@"]
-TEMPLATES += [CHUNKED + b"2;@\r\n{}\r\n0\r\n\r\n", CHUNKED + b"0\r\nX: @\r\n\r\n"]
-
-
-@parametrize("template", TEMPLATES)
+@parametrize("template", [b"HTTP/1.1 100 X\r\nX: @\r\n\r\n" + response(), OK + b"\r\n@"])
 def test_response_has_at_most_1_mib(raw, template):
-    most = template.replace(b"@", b"y" * (MIB - len(template) + 1))
+    most = template.replace(b"@", b"y" * (1024 * 1024 - len(template) + 1))
     server = raw(one_each(most, most.replace(b"y", b"yy", 1)), max_retries=0)
-    assert type(error_of(server.client)) is InvalidResponse
+    with suppress(InvalidResponse):
+        ask(server.client)
     assert "1 MiB" in str(error_of(server.client))
-
-
-@parametrize("end", [b"\0", b"\x80\r"], ids=["NUL", "CR"])
-def test_many_blanks_in_a_malformed_field_cost_little_time(end):
-    assert_rejected(OK + b"X: a" + b" " * 60_000 + end + END)
 
 
 def test_many_chunks_cost_little_time(raw):
@@ -1615,20 +1420,23 @@ def test_many_chunks_cost_little_time(raw):
     client = raw(one_each(CHUNKED + chunks + b"0\r\n\r\n")).client
     started = time.process_time()
     ask(client)
-    assert time.process_time() - started < 3  # half a second, but coverage slows it down
+    # It takes half a second, but coverage slows it down.
+    assert time.process_time() - started < 3
+
+
+CHANGES = [b"", b"\r\n", b"\n", b"\r", b"\0", b" ", b":", b",", b"0", b"9", b"\xff", b"X: y\r\n"]
 
 
 def mutated(choose, number):
     """A response with this number in its body, and one or two random changes."""
     body = body_of(f"<{number}>" * 5)
-    data = choose.choice([response("200 OK", body), CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n"])
-    data = data.replace(b"%x", b"%x" % len(body)).replace(b"%s", body)
-    odd = [b"\r\n", b"\n", b"\r", b"\0", b" ", b":", b",", b"0", b"9", b"\xff", b"X: y\r\n"]
+    chunked = CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    data = choose.choice([response("200 OK", body), chunked])
     for _ in range(choose.choice([1, 1, 2])):
-        place = choose.randrange(choose.choice([80, len(data)]))
-        end = place + choose.choice([0, 1, 1, 1, 20])
-        change = choose.choice([b"", data[place:end] * 2, choose.choice(odd)])
-        data = data[:place] + change + data[end:]
+        start = choose.randrange(choose.choice([80, len(data)]))
+        end = start + choose.choice([0, 1, 1, 1, 20])
+        change = choose.choice([*CHANGES, data[start:end] * 2])
+        data = data[:start] + change + data[end:]
     return data
 
 
@@ -1664,9 +1472,8 @@ def test_mutated_response_is_the_right_customer_or_an_error(raw, clock):
     [
         (b"null", "null"),
         (b'{"error": null}', '{"error": null}'),
-        (b'{"error": ["x"]}', '{"error": ["x"]}'),
-        (b'{"error": {"code": 5, "message": [1]}}', '{"error": {"code": 5, "message": [1]}}'),
-        (b"<html>\n\n<h1>FUNCTION_TIMEOUT</h1>\0", "<html> <h1>FUNCTION_TIMEOUT</h1>"),
+        (b'{"error": {"message": [1]}}', '{"error": {"message": [1]}}'),
+        (b"<h1>\n\nTIMEOUT</h1>\0", "<h1> TIMEOUT</h1>"),
         (b" \r\n", "the server sent no message"),
         (b"[" * 100_000, "[" * 100),
         (b'\xef\xbb\xbf{"error": {"message": "m", "doc_url": {}}}', "m"),
@@ -1679,17 +1486,7 @@ def test_error_of_any_shape_tells_what_the_server_said(api, body, message):
     assert (error.status_code, error.code, error.doc_url) == (404, None, None)
 
 
-@parametrize(
-    "body",
-    [
-        pytest.param(b"", id="empty"),
-        pytest.param(b"[]", id="no object"),
-        pytest.param(BODY * 2, id="two objects"),
-        pytest.param(b'{"id": "\xff"}', id="bad UTF-8"),
-        pytest.param(b"[" * 100_000, id="deep nesting"),
-        pytest.param(b'{"id": ' + b"9" * 6000 + b"}", id="giant number"),
-    ],
-)
+@parametrize("body", [b"", b"[]", b'{"id": "\xff"}'])
 def test_body_that_is_no_customer_is_not_retried(api, body):
     api.serve(body)
     error = error_of(api.client)
@@ -1706,11 +1503,6 @@ def test_message_tells_status_type_encoding_and_first_words(api, status):
     assert re.search(f"status {status}.*text/html.*br.*'(<h1> Hi|.*cus_1.*)'", told)
 
 
-def test_byte_order_mark_is_no_error(api):
-    api.serve(b"\xef\xbb\xbf" + BODY)
-    ask(api.client)
-
-
 # --- Command line -------------------------------------------------------------------------
 # It prints JSON, or one line that begins with "error:".
 
@@ -1725,25 +1517,23 @@ def dub(line, **env):
 
 @parametrize("option", ["", "--expand"])
 def test_command_prints_the_customer_as_json(api, option):
-    api.serve(EXPANDED)
-    done = dub(f"dub cus_1 {option} --server-url {api.httpserver.url_for('')}")
-    assert done == (0, json.dumps(EXPANDED, indent=2) + "\n", "")
+    data = {**PLAIN, "name": "Jürgen", "country": "\ud800"}
+    api.serve(data)
+    code, output, errors = dub(f"dub cus_1 {option} --server-url {api.url}")
+    assert (code, errors) == (0, "")
+    assert json.loads(output) == data
+    assert output.startswith('{\n  "id": "cus_1",\n')
     assert ("includeExpandedFields=true" in api.requests[0].url) == bool(option)
 
 
-@parametrize(("encoding", "shown"), [("utf-8", "Jürgen"), ("latin-1", "J\\u00fcrgen")])
-def test_command_prints_utf_8_or_escapes(api, encoding, shown):
-    api.serve({**PLAIN, "name": "Jürgen", "country": "\ud800"})
-    done = dub(f"dub cus_1 --server-url {api.httpserver.url_for('')}", PYTHONIOENCODING=encoding)
-    assert f'"name": "{shown}",\n  "country": "\\ud800"' in done[1]
-
-
-COMMANDS = [("dub ..", "id: .*"), ("unset DUB_API_KEY; dub cus_1", ".*export DUB_API_KEY=.*")]
-COMMANDS += [("dub --demo >&-", ".*(descriptor|closed).*"), ("dub --demo >/dev/full", ".*space.*")]
-COMMANDS += [("dub cus_1 --server-url $URL", "429 not_found: No such..*900 seconds.*")]
-
-
-@parametrize(("line", "message"), COMMANDS)
+@parametrize(
+    ("line", "message"),
+    [
+        ("dub ..", "id: .*"),
+        ("unset DUB_API_KEY; dub cus_1", "DUB_API_KEY is missing.*"),
+        ("dub cus_1 --server-url $URL", "429 not_found, retry after 900 seconds: No such."),
+    ],
+)
 def test_command_fails_with_one_line(api, line, message):
     api.serve(NOT_FOUND, 429, {"Retry-After": "900"})
     code, output, errors = dub(line, URL=api.url)
@@ -1760,9 +1550,8 @@ def test_wrong_arguments_exit_with_2(arguments):
 
 def test_help_and_version_are_printed():
     told = " ".join(dub("dub --help")[1].split())
-    assert "DUB_API_KEY=dub_xxx python3 dub_customers.py" in told
+    assert re.search("Set DUB_API_KEY.*ext_ .*--demo [a-z].*--expand [a-z].*--server-url", told)
     assert dub("dub --version")[1] == dub_customers.__version__ + "\n"
-    assert re.search("--expand [a-z].*--server-url URL .*api.dub.co.* 0 .* 1 .* 2 ", told)
 
 
 def test_demo_needs_no_key_and_no_network():
@@ -1785,14 +1574,17 @@ def test_ctrl_c_ends_the_command_without_a_traceback(raw):
     assert process.returncode == 130
 
 
-# --- README -------------------------------------------------------------------------------
-# Every sample runs as it stands.
+# --- Samples ------------------------------------------------------------------------------
+# Every sample in the README and in the module's docstring runs as it stands.
+
+SAMPLES = re.findall("^```python\n(.*?)^```$", README, re.M | re.S)
+SAMPLES += ["\n".join(re.findall("^    (.*)", dub_customers.__doc__, re.M))]
 
 
-@parametrize("sample", re.findall("^```python\n(.*?)^```$", README, re.M | re.S))
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_readme_sample_runs(api, monkeypatch, sample):
-    async def to_thread(function, *args):  # Python 3.8 has none
+@parametrize("sample", SAMPLES)
+def test_sample_runs(api, monkeypatch, capsys, sample):
+    # Python 3.8 has none.
+    async def to_thread(function, *args):
         return await asyncio.get_running_loop().run_in_executor(None, function, *args)
 
     api.serve(EXPANDED)
@@ -1804,3 +1596,4 @@ def test_readme_sample_runs(api, monkeypatch, sample):
     for name in re.findall(r"^def (test_\w+)[(]httpserver", sample, re.M):
         api.httpserver.clear()
         names[name](api.httpserver)
+    assert "failed" not in capsys.readouterr().out

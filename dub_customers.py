@@ -48,13 +48,13 @@ __all__ = [
 _FIRST_BACKOFF_SECONDS = 0.5
 _MAX_BACKOFF_SECONDS = 8
 _MAX_RETRY_AFTER_JITTER_SECONDS = 4
-# If a host has several addresses, the limit for each but the last, as IPv6 may be broken.
+# How long to try each address of a host but the last, because the first may be broken IPv6.
 _MAX_SECONDS_PER_ADDRESS = 3
 # Firewalls silently drop connections that are idle for minutes.
 _MAX_IDLE_SECONDS = 60
 # One for each thread of a ThreadPoolExecutor of the default size (at most 32).
 _MAX_IDLE_CONNECTIONS = 32
-_MAX_RESPONSE_BYTES = 1024 * 1024  # usually 2 to 100 kB
+_MAX_RESPONSE_BYTES = 1024 * 1024  # a customer with long URLs has 100 kB
 
 _logger = logging.getLogger(__name__)
 _TIMEOUTS = (TimeoutError, socket.timeout)  # the same class since Python 3.10
@@ -71,10 +71,9 @@ class DubError(Exception):
 class APIError(DubError):
     """The response has a status other than 2xx, such as 502. Some statuses have a subclass.
 
-    status_code: the HTTP status.
     code, doc_url: from Dub (https://dub.co/docs/api-reference/errors), or None.
     message: from Dub, or the start of the body, or a note on a redirect.
-    headers: an `email.message.Message`. body: the content of the response.
+    status_code: the HTTP status. headers: an `email.message.Message`. body: the content.
     retry_after: for 429 and 503, the seconds to wait after the response came, or None.
     """
 
@@ -363,8 +362,8 @@ class Dub:
         If it is None, the key is read from the environment variable DUB_API_KEY.
     server_url: http(s)://host[:port][/path]. Plain http emits a warning, except to loopback.
     timeout_ms: how many milliseconds a call may take, retries included. It cannot interrupt
-        name resolution, a token function, or OpenSSL as long as handshake data keeps coming.
-    max_retries: how many times a failed request may be sent again. Stale connections do not count.
+        name resolution, a token function, or a TLS handshake while the server keeps sending data.
+    max_retries: how many times a failed request may be sent again, besides over a stale connection.
     ssl_context: used in place of `ssl.create_default_context()`.
 
     Invalid arguments raise TypeError or ValueError. The proxy is looked up here, as urllib does
@@ -399,7 +398,7 @@ class Dub:
         # see them. Only our handler is added: it keeps connections open, and never redirects.
         self._opener = OpenerDirector()
         self._opener.add_handler(self._handler)
-        # add_handler() set handler.parent. The cycle would delay its __del__, which closes sockets.
+        # add_handler() set handler.parent. A cycle would delay handler.__del__ (it closes sockets).
         del self._handler.parent
 
     @property
@@ -475,7 +474,7 @@ class Customers:
             backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
 
     def _send(self, request: Request, timeout_ms: float, deadline: float) -> addinfourl:
-        """Send a request once, and log it. If it fails in any way, raise NoResponseError."""
+        """Send a request once, and log it. Failures are OSErrors: raise NoResponseError instead."""
         started = time.monotonic()
         outcome = "interrupted"
         try:
@@ -500,7 +499,7 @@ class Customers:
 #   Customers._send               sends it once; logs it; converts OSError to NoResponseError
 #   OpenerDirector.open           urllib's; calls http_open or https_open of its handler
 #   _KeepAliveHandler.http_open   takes an idle connection or makes a new one
-#   _Connection.exchange          sends the request, reads the response; raises OSError
+#   _Connection.exchange          speaks HTTP, more strictly than http.client; raises OSError
 #   _parse_response               makes a Customer, or raises an error
 
 
@@ -518,7 +517,7 @@ _HEADER_VALUE = r"[\t -~\x80-\xff]*"  # no ASCII control but the tab
 _HOST = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"
 _IPV6 = r"\[[\da-f:]{2,45}(\.\d+){0,3}\]"
 _HOST_AND_PORT = rf"({_HOST}|{_IPV6})(:\d+)?"
-_URL_CHARS = r"\w.~%!$&'()*+,;=:-"
+_URL_CHAR = r"[\w.~%!$&'()*+,;=:-]"
 
 
 def _check_type(name: str, value: Any, *types: type) -> None:
@@ -585,7 +584,7 @@ def _split_server_url(server_url: Any) -> SplitResult:
     expected = "http(s)://host[:port][/path]"
     if "@" not in server_url:  # "@" may follow a password.
         expected += f", got {server_url[:99]!r}"
-    pattern = f"https?://{_HOST_AND_PORT}(/[@/{_URL_CHARS}]*)?"
+    pattern = f"https?://{_HOST_AND_PORT}(/({_URL_CHAR}|[/@])*)?"
     return _split_url("server_url", server_url.rstrip("/"), pattern, expected)
 
 
@@ -598,8 +597,9 @@ def _split_url(name: str, url: str, pattern: str, expected: str) -> SplitResult:
 
 
 def _is_loopback(host: Optional[str]) -> bool:
-    # localhost, ::1 in any spelling, 127.0.0.0/8
-    return bool(re.fullmatch(r"localhost\.?|[0:]+:0*1|(::ffff:)?127(\.\d{1,3}){3}", str(host)))
+    # localhost, ::1 with any number of zeros, 127.0.0.0/8, the same in IPv6
+    pattern = r"localhost\.?|[0:]+:0*1|(::ffff:)?127(\.\d{1,3}){3}"
+    return re.fullmatch(pattern, str(host)) is not None
 
 
 # --- Retries --------------------------------------------------------------------------
@@ -655,7 +655,7 @@ class _KeepAliveHandler(BaseHandler):
         self.closed = False
         self.server = server
         self.picklable = ssl_context is None
-        # None for http. For https, https_open() makes one if there is none.
+        # None for http. For https, https_open() makes one when needed, because that takes time.
         self.ssl_context = ssl_context if server.scheme == "https" else None
         self.route = server.netloc
         self.proxy = _find_proxy(server)
@@ -668,7 +668,7 @@ class _KeepAliveHandler(BaseHandler):
                 self.proxy_headers["Proxy-Authorization"] = "Basic " + basic
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle and deepcopy of a Dub use this. The copy is open, without connections."""
+        """For pickle and deepcopy of a Dub. The copy is open, and looks up the proxy anew."""
         if not self.picklable:
             raise TypeError("an SSLContext cannot be pickled")
         return _KeepAliveHandler, (self.server, None)
@@ -687,14 +687,14 @@ class _KeepAliveHandler(BaseHandler):
         # OpenerDirector.open sets request.timeout. `or 0` is for type checkers.
         deadline = time.monotonic() + (request.timeout or 0)
         headers = {"Host": self.server.netloc, **dict(request.header_items())}
-        target = request.selector
-        if self.proxy is not None and self.server.scheme == "http":
-            target = request.full_url
+        via_proxy = self.proxy is not None and self.server.scheme == "http"
+        target = request.full_url if via_proxy else request.selector
+        if via_proxy:
             headers.update(self.proxy_headers)
         response = self.fetch(_encode("GET", target, headers), deadline)
-        if response.status == 407 and target == request.full_url:
+        if via_proxy and response.status == 407:
             raise PermissionError("the proxy requires a user name and password (407)")
-        # This is what urllib's own handlers return, and what instrumentation expects.
+        # urllib's class for a response that was read. It has what instrumentation looks at.
         body = io.BytesIO(response.body)
         return addinfourl(body, response.headers, request.full_url, response.status)
 
@@ -710,13 +710,13 @@ class _KeepAliveHandler(BaseHandler):
             try:
                 return self.fetch_over(connection, request, deadline)
             except OSError as error:
-                # No response at all: the server has probably closed the connection. Use a new one.
-                if isinstance(error, _TIMEOUTS) or connection.stream.received > 0:
+                if isinstance(error, _TIMEOUTS) or connection.stream.response_size > 0:
                     raise
+                # No response at all: the server has probably closed the connection. Use a new one.
         return self.fetch_over(self.connect(deadline), request, deadline)
 
     def take_idle(self) -> Optional[_Connection]:
-        """Take the connection that is idle longest and still usable. Close dead ones before it."""
+        """Take the connection that is idle longest: this way, dead ones are found and closed."""
         with suppress(IndexError):
             while True:
                 connection = self.idle.popleft()
@@ -733,7 +733,6 @@ class _KeepAliveHandler(BaseHandler):
             connection.sock.close()
             raise
         if response.keep_alive and len(self.idle) < _MAX_IDLE_CONNECTIONS:
-            connection.idle_since = time.time()  # see is_usable()
             self.idle.append(connection)
         else:
             connection.sock.close()
@@ -760,6 +759,7 @@ class _KeepAliveHandler(BaseHandler):
                 suppress_ragged_eofs=False,
             )
             _set_timeout(sock, deadline)
+            # OpenSSL looks at the timeout only if it has to wait for data: a flood can exceed it.
             sock.do_handshake()
             return _Connection(sock)
         except BaseException:
@@ -772,7 +772,7 @@ class _KeepAliveHandler(BaseHandler):
         if self.server.port is None:
             target += ":443"
         headers = {"Host": target, **self.proxy_headers}
-        # Dropping this _Connection does not close sock. It has no unread data: TLS clients begin.
+        # Temporary: it does not own the socket, and reads nothing more, as TLS servers wait for us.
         response = _Connection(sock).exchange(_encode("CONNECT", target, headers), deadline)
         message = f"the proxy answered {response.status}"
         if response.status >= 500:
@@ -791,7 +791,7 @@ def _find_proxy(server: SplitResult) -> Optional[SplitResult]:
     if not url or is_local or proxy_bypass(server.netloc):
         return None
     url = url if "://" in url else "http://" + url
-    pattern = f"http://([{_URL_CHARS}]*:[{_URL_CHARS}]*@)?{_HOST_AND_PORT}/?"
+    pattern = f"http://({_URL_CHAR}*:{_URL_CHAR}*@)?{_HOST_AND_PORT}/?"
     # The setting is not shown, because it may hold a password.
     expected = "http://[user:password@]host[:port] (not https: or socks5:)"
     return _split_url(f"{server.scheme}_proxy", url, pattern, expected)
@@ -859,8 +859,8 @@ class _Stream(io.RawIOBase):
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.deadline: Optional[float] = None  # None: do not set a timeout
-        self.received = 0
+        self.deadline: Optional[float] = None  # None while is_usable() peeks
+        self.response_size = 0
 
     def readable(self) -> bool:
         return True
@@ -869,8 +869,8 @@ class _Stream(io.RawIOBase):
         if self.deadline is not None:
             _set_timeout(self.sock, self.deadline)
         size = self.sock.recv_into(buffer)
-        self.received += size
-        if self.received > _MAX_RESPONSE_BYTES:
+        self.response_size += size
+        if self.response_size > _MAX_RESPONSE_BYTES:
             raise ConnectionError("the response exceeds 1 MiB")
         return size
 
@@ -885,11 +885,10 @@ class _Connection:
         self.stream = _Stream(sock)
         self.reader = io.BufferedReader(self.stream, 65536)
         self.pid = os.getpid()
-        self.idle_since = 0.0
 
     def exchange(self, request: bytes, deadline: float) -> _Response:
         self.stream.deadline = deadline
-        self.stream.received = 0
+        self.stream.response_size = 0
         # Not sendall(): over TLS, it would apply the timeout to each part.
         unsent = request
         while unsent:
@@ -900,13 +899,14 @@ class _Connection:
         lengths = headers.get_all("Content-Length", [])
         body = b""
         if status in (204, 304) or request.startswith(b"CONNECT"):
-            # No body is expected. In case one follows, keep_alive is False. Tunnels ignore that.
+            # No body is expected. Do not reuse the connection, in case one follows (a tunnel may).
             keep_alive = False
         elif encodings + lengths:
             body = self.read_body(encodings, lengths)
         else:
             keep_alive = False  # The body ends with the stream.
             body = self.reader.read()
+        self.idle_since = time.time()
         return _Response(status, headers, body, keep_alive)
 
     def read_head(self) -> tuple[int, Message, bool]:
@@ -939,7 +939,7 @@ class _Connection:
         return match
 
     def read_body(self, encodings: list[str], lengths: list[str]) -> bytes:
-        # More than one value is rejected: joined by a comma, they match neither pattern below.
+        # A comma joins several values: they are neither "chunked" nor digits, and so rejected.
         value = ",".join(encodings + lengths)
         if encodings and value.lower() == "chunked":
             return self.read_chunks()
@@ -1093,7 +1093,7 @@ def _demo() -> Customer:
         threading.Thread(target=server.handle_request, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
         with Dub("dub_demo", server_url=url) as client:
-            return client.customers.get("ext_user_42", include_expanded_fields=True)
+            return client.customers.get("ext_user_42")
 
 
 if __name__ == "__main__":

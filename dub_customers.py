@@ -1001,8 +1001,8 @@ _ERRORS = {
 def _parse_response(response: addinfourl) -> Customer:
     """The customer in a response. Raises APIError or ResponseValidationError."""
     status = response.code or 0
-    with response:
-        body = response.read()
+    body = response.fp.read()
+    response.close()
     data: Any = None
     with suppress(ValueError, RecursionError):
         data = json.loads(body.decode("utf-8-sig"))  # There may be a byte order mark.

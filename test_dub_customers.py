@@ -1059,7 +1059,7 @@ def test_oldest_idle_connection_is_used_first(raw):
 
 # The monotonic clock may stand still while a machine sleeps.
 @parametrize(("seconds", "closed"), [(60, 0), (61, 3), (-61, 3)])
-def test_call_closes_connections_that_were_idle_for_a_minute(raw, clock, seconds, closed):
+def test_connections_idle_for_a_minute_are_closed(raw, clock, seconds, closed):
     server = open_many(raw, 3)
     clock.wall += seconds
     ask(server.client)

@@ -54,7 +54,7 @@ _MAX_SECONDS_PER_ADDRESS = 3
 _MAX_IDLE_SECONDS = 60
 # One for each thread of a ThreadPoolExecutor of the default size (at most 32).
 _MAX_IDLE_CONNECTIONS = 32
-_MAX_RESPONSE_BYTES = 1024 * 1024  # a customer with long URLs has 100 kB
+_MAX_RESPONSE_BYTES = 1024 * 1024  # up to 100 kB with long URLs
 
 _logger = logging.getLogger(__name__)
 _TIMEOUTS = (TimeoutError, socket.timeout)  # the same class since Python 3.10
@@ -363,7 +363,8 @@ class Dub:
     server_url: http(s)://host[:port][/path]. Plain http emits a warning, except to loopback.
     timeout_ms: how many milliseconds a call may take, retries included. It cannot interrupt
         name resolution, a token function, or a TLS handshake while the server keeps sending data.
-    max_retries: how many times a failed request may be sent again, besides over a stale connection.
+    max_retries: how many times a failed request may be sent again. The immediate resend when a
+        kept connection turns out to be closed is not counted.
     ssl_context: used in place of `ssl.create_default_context()`.
 
     Invalid arguments raise TypeError or ValueError. The proxy is looked up here, as urllib does
@@ -398,7 +399,7 @@ class Dub:
         # see them. Only our handler is added: it keeps connections open, and never redirects.
         self._opener = OpenerDirector()
         self._opener.add_handler(self._handler)
-        # add_handler() set handler.parent. A cycle would delay handler.__del__ (it closes sockets).
+        # Unused: add_handler() set it to the opener. The cycle would delay handler.__del__().
         del self._handler.parent
 
     @property
@@ -582,7 +583,7 @@ def _customer_path(id: Any, expand: Any, request: Any) -> str:
 def _split_server_url(server_url: Any) -> SplitResult:
     _check_type("server_url", server_url, str)
     expected = "http(s)://host[:port][/path]"
-    if "@" not in server_url:  # "@" may follow a password.
+    if "@" not in server_url:  # It may hold a password.
         expected += f", got {server_url[:99]!r}"
     pattern = f"https?://{_HOST_AND_PORT}(/({_URL_CHAR}|[/@])*)?"
     return _split_url("server_url", server_url.rstrip("/"), pattern, expected)
@@ -613,7 +614,7 @@ def _retry_delay(error: DubError, backoff: float, deadline: float) -> Optional[f
         if error.status_code not in (408, 429, 500, 502, 503, 504):
             return None
         retry_after = error.retry_after or 0.0
-    # Jitter: up to `backoff`, or up to min(Retry-After, 4 s), whichever is longer.
+    # All clients may be told the same Retry-After: spread them over up to 4 s, or the backoff.
     max_jitter = max(backoff, min(retry_after, _MAX_RETRY_AFTER_JITTER_SECONDS))
     # Assume the longest wait, so that the decision to retry is not random.
     if time.monotonic() + retry_after + max_jitter >= deadline:
@@ -655,8 +656,7 @@ class _KeepAliveHandler(BaseHandler):
         self.closed = False
         self.server = server
         self.picklable = ssl_context is None
-        # None for http. For https, https_open() makes one when needed, because that takes time.
-        self.ssl_context = ssl_context if server.scheme == "https" else None
+        self.ssl_context: Any = ssl_context  # or https_open() makes one
         self.route = server.netloc
         self.proxy = _find_proxy(server)
         self.proxy_headers: dict[str, str] = {}
@@ -694,7 +694,7 @@ class _KeepAliveHandler(BaseHandler):
         response = self.fetch(_encode("GET", target, headers), deadline)
         if via_proxy and response.status == 407:
             raise PermissionError("the proxy requires a user name and password (407)")
-        # urllib's class for a response that was read. It has what instrumentation looks at.
+        # Tools that patch urllib expect code, headers and url, which addinfourl has.
         body = io.BytesIO(response.body)
         return addinfourl(body, response.headers, request.full_url, response.status)
 
@@ -747,7 +747,7 @@ class _KeepAliveHandler(BaseHandler):
         port = next_hop.port or {"http": 80, "https": 443}[next_hop.scheme]
         sock = _create_connection(next_hop.hostname, port, deadline)
         try:
-            if self.ssl_context is None:  # http, see https_open
+            if self.server.scheme == "http":
                 return _Connection(sock)
             if self.proxy is not None:
                 self.open_tunnel(sock, deadline)
@@ -772,7 +772,7 @@ class _KeepAliveHandler(BaseHandler):
         if self.server.port is None:
             target += ":443"
         headers = {"Host": target, **self.proxy_headers}
-        # Temporary: it does not own the socket, and reads nothing more, as TLS servers wait for us.
+        # This _Connection is dropped, the socket is not. TLS servers wait: it has not read ahead.
         response = _Connection(sock).exchange(_encode("CONNECT", target, headers), deadline)
         message = f"the proxy answered {response.status}"
         if response.status >= 500:
@@ -899,7 +899,7 @@ class _Connection:
         lengths = headers.get_all("Content-Length", [])
         body = b""
         if status in (204, 304) or request.startswith(b"CONNECT"):
-            # No body is expected. Do not reuse the connection, in case one follows (a tunnel may).
+            # No body is expected. Do not keep the connection, in case one comes (open_tunnel does).
             keep_alive = False
         elif encodings + lengths:
             body = self.read_body(encodings, lengths)
@@ -939,12 +939,11 @@ class _Connection:
         return match
 
     def read_body(self, encodings: list[str], lengths: list[str]) -> bytes:
-        # A comma joins several values: they are neither "chunked" nor digits, and so rejected.
-        value = ",".join(encodings + lengths)
-        if encodings and value.lower() == "chunked":
+        if not lengths and [each.lower() for each in encodings] == ["chunked"]:
             return self.read_chunks()
-        if lengths and re.fullmatch("[0-9]{1,20}", value):
-            return self.read(int(value))
+        # Several lengths do not match, because a comma joins them.
+        if not encodings and re.fullmatch("[0-9]{1,20}", ",".join(lengths)):
+            return self.read(int(lengths[0]))
         raise ConnectionError("malformed response: unclear where its body ends")
 
     def read_chunks(self) -> bytes:
@@ -960,6 +959,7 @@ class _Connection:
 
     def read(self, size: int) -> bytes:
         """Read exactly `size` bytes."""
+        # Otherwise, self.reader would allocate them.
         if size > _MAX_RESPONSE_BYTES:
             raise ConnectionError("the response exceeds 1 MiB")
         data = self.reader.read(size)
@@ -1001,11 +1001,11 @@ _ERRORS = {
 def _parse_response(response: addinfourl) -> Customer:
     """The customer in a response. Raises APIError or ResponseValidationError."""
     status = response.code or 0
-    body = response.fp.read()
-    response.close()
+    with response:
+        body = response.read()
     data: Any = None
     with suppress(ValueError, RecursionError):
-        data = json.loads(body.decode("utf-8-sig"))  # There may be a byte order mark.
+        data = json.loads(body.decode("utf-8-sig"))  # maybe with a byte order mark
     if status == 200 and data is not None:
         try:
             return Customer.from_json(data)

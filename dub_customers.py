@@ -367,9 +367,8 @@ class Dub:
         kept connection turns out to be closed is not counted.
     ssl_context: used in place of `ssl.create_default_context()`.
 
-    Invalid arguments raise TypeError or ValueError. The proxy is looked up here, as urllib does
-    it: in the environment (`https_proxy`) or the system's settings. Threads can share a client.
-    It can be used after a fork, and pickled (with its token) unless it has an `ssl_context`.
+    Invalid arguments raise TypeError or ValueError. The proxy is looked up here, as by urllib.
+    Threads can share a client. It can be used after a fork, and pickled (with its token).
     """
 
     def __init__(
@@ -518,7 +517,7 @@ _HEADER_VALUE = r"[\t -~\x80-\xff]*"  # no ASCII control but the tab
 _HOST = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"
 _IPV6 = r"\[[\da-f:]{2,45}(\.\d+){0,3}\]"
 _HOST_AND_PORT = rf"({_HOST}|{_IPV6})(:\d+)?"
-_URL_CHAR = r"[\w.~%!$&'()*+,;=:-]"
+_URL_CHAR = r"[\w.~%!$&'()*+,;=-]"
 
 
 def _check_type(name: str, value: Any, *types: type) -> None:
@@ -585,7 +584,7 @@ def _split_server_url(server_url: Any) -> SplitResult:
     expected = "http(s)://host[:port][/path]"
     if "@" not in server_url:  # It may hold a password.
         expected += f", got {server_url[:99]!r}"
-    pattern = f"https?://{_HOST_AND_PORT}(/({_URL_CHAR}|[/@])*)?"
+    pattern = f"https?://{_HOST_AND_PORT}(/({_URL_CHAR}|[/:@])*)?"
     return _split_url("server_url", server_url.rstrip("/"), pattern, expected)
 
 
@@ -674,7 +673,8 @@ class _KeepAliveHandler(BaseHandler):
         return _KeepAliveHandler, (self.server, None)
 
     def __del__(self) -> None:
-        self.close()
+        for connection in self.idle:
+            connection.sock.close()
 
     def close(self) -> None:
         self.closed = True
@@ -751,6 +751,8 @@ class _KeepAliveHandler(BaseHandler):
                 return _Connection(sock)
             if self.proxy is not None:
                 self.open_tunnel(sock, deadline)
+            # Before Python 3.13, wrap_socket() leaks a socket that was reset, which this rejects.
+            sock.getpeername()
             sock = self.ssl_context.wrap_socket(
                 sock,
                 server_hostname=self.server.hostname,
@@ -767,7 +769,6 @@ class _KeepAliveHandler(BaseHandler):
             raise
 
     def open_tunnel(self, sock: socket.socket, deadline: float) -> None:
-        """Ask the proxy for a tunnel to the server."""
         target = self.server.netloc
         if self.server.port is None:
             target += ":443"
@@ -791,7 +792,7 @@ def _find_proxy(server: SplitResult) -> Optional[SplitResult]:
     if not url or is_local or proxy_bypass(server.netloc):
         return None
     url = url if "://" in url else "http://" + url
-    pattern = f"http://({_URL_CHAR}*:{_URL_CHAR}*@)?{_HOST_AND_PORT}/?"
+    pattern = f"http://({_URL_CHAR}*:({_URL_CHAR}|:)*@)?{_HOST_AND_PORT}/?"
     # The setting is not shown, because it may hold a password.
     expected = "http://[user:password@]host[:port] (not https: or socks5:)"
     return _split_url(f"{server.scheme}_proxy", url, pattern, expected)
@@ -958,8 +959,7 @@ class _Connection:
                 raise ConnectionError("malformed response: a chunk exceeds its size")
 
     def read(self, size: int) -> bytes:
-        """Read exactly `size` bytes."""
-        # Otherwise, self.reader would allocate them.
+        """Read exactly `size` bytes, if they are not too many for self.reader to allocate."""
         if size > _MAX_RESPONSE_BYTES:
             raise ConnectionError("the response exceeds 1 MiB")
         data = self.reader.read(size)

@@ -54,7 +54,7 @@ _MAX_SECONDS_PER_ADDRESS = 3
 _MAX_IDLE_SECONDS = 60
 # One for each thread of a ThreadPoolExecutor of the default size (at most 32).
 _MAX_IDLE_CONNECTIONS = 32
-_MAX_RESPONSE_BYTES = 1024 * 1024  # up to 100 kB with long URLs
+_MAX_RESPONSE_BYTES = 1024 * 1024  # real ones: up to 100 kB
 
 _logger = logging.getLogger(__name__)
 _TIMEOUTS = (TimeoutError, socket.timeout)  # the same class since Python 3.10
@@ -365,10 +365,10 @@ class Dub:
         name resolution, a token function, or a TLS handshake while the server keeps sending data.
     max_retries: how many times a failed request may be sent again. The immediate resend when a
         kept connection turns out to be closed is not counted.
-    ssl_context: used in place of `ssl.create_default_context()`.
+    ssl_context: used in place of `ssl.create_default_context()`. It cannot be pickled.
 
-    Invalid arguments raise TypeError or ValueError. The proxy is looked up here, as by urllib.
-    Threads can share a client. It can be used after a fork, and pickled (with its token).
+    Invalid arguments raise TypeError or ValueError. Creating a client looks up the proxy, as
+    urllib does. Threads can share it. It can be used after a fork, and pickled (with its token).
     """
 
     def __init__(
@@ -398,7 +398,7 @@ class Dub:
         # see them. Only our handler is added: it keeps connections open, and never redirects.
         self._opener = OpenerDirector()
         self._opener.add_handler(self._handler)
-        # Unused: add_handler() set it to the opener. The cycle would delay handler.__del__().
+        # add_handler() set it to the opener. This unused cycle would delay handler.__del__().
         del self._handler.parent
 
     @property
@@ -513,7 +513,7 @@ _HEADERS = {
 _RESERVED_HEADERS = ("connection", "content-length", "transfer-encoding", "proxy-authorization")
 _HEADER_NAME = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEADER_VALUE = r"[\t -~\x80-\xff]*"  # no ASCII control but the tab
-# api.dub.co or [2001:db8::1], with or without a port. Needs re.ASCII and re.IGNORECASE.
+# api.dub.co, [2001:db8::1], [::ffff:10.0.0.1]; maybe a port. For re.ASCII | re.IGNORECASE.
 _HOST = r"[\w-]{1,63}(\.[\w-]{1,63})*\.?"
 _IPV6 = r"\[[\da-f:]{2,45}(\.\d+){0,3}\]"
 _HOST_AND_PORT = rf"({_HOST}|{_IPV6})(:\d+)?"
@@ -605,7 +605,7 @@ def _is_loopback(host: Optional[str]) -> bool:
 # --- Retries --------------------------------------------------------------------------
 def _retry_delay(error: DubError, backoff: float, deadline: float) -> Optional[float]:
     """How many seconds to wait before the next try. None if there should be no next try."""
-    # No retry after a timeout, an untrusted certificate, or a proxy's refusal (PermissionError).
+    # _send() sets __cause__. No retry after a timeout, bad certificate, or refusal by the proxy.
     if isinstance(error.__cause__, (*_TIMEOUTS, ssl.SSLCertVerificationError, PermissionError)):
         return None
     retry_after = 0.0
@@ -613,7 +613,7 @@ def _retry_delay(error: DubError, backoff: float, deadline: float) -> Optional[f
         if error.status_code not in (408, 429, 500, 502, 503, 504):
             return None
         retry_after = error.retry_after or 0.0
-    # All clients may be told the same Retry-After: spread them over up to 4 s, or the backoff.
+    # A random extra: up to retry_after (at most 4 s), or up to the backoff if that is longer.
     max_jitter = max(backoff, min(retry_after, _MAX_RETRY_AFTER_JITTER_SECONDS))
     # Assume the longest wait, so that the decision to retry is not random.
     if time.monotonic() + retry_after + max_jitter >= deadline:
@@ -712,7 +712,7 @@ class _KeepAliveHandler(BaseHandler):
             except OSError as error:
                 if isinstance(error, _TIMEOUTS) or connection.stream.response_size > 0:
                     raise
-                # No response at all: the server has probably closed the connection. Use a new one.
+                # Nothing since exchange() began: probably, the server had closed it. Use a new one.
         return self.fetch_over(self.connect(deadline), request, deadline)
 
     def take_idle(self) -> Optional[_Connection]:
@@ -751,7 +751,7 @@ class _KeepAliveHandler(BaseHandler):
                 return _Connection(sock)
             if self.proxy is not None:
                 self.open_tunnel(sock, deadline)
-            # Before Python 3.13, wrap_socket() leaks a socket that was reset, which this rejects.
+            # Raises if the peer has reset it: before Python 3.13, wrap_socket() would leak it.
             sock.getpeername()
             sock = self.ssl_context.wrap_socket(
                 sock,
@@ -773,7 +773,7 @@ class _KeepAliveHandler(BaseHandler):
         if self.server.port is None:
             target += ":443"
         headers = {"Host": target, **self.proxy_headers}
-        # This _Connection is dropped, the socket is not. TLS servers wait: it has not read ahead.
+        # Only the socket is used afterwards. TLS servers send nothing first, so no data is lost.
         response = _Connection(sock).exchange(_encode("CONNECT", target, headers), deadline)
         message = f"the proxy answered {response.status}"
         if response.status >= 500:
@@ -833,7 +833,7 @@ def _set_timeout(sock: socket.socket, deadline: float) -> None:
 
 
 # --- HTTP/1.1 -------------------------------------------------------------------------
-# Matches `HTTP/1.1 200 OK`.
+# Matches `HTTP/1.1 200 OK`. Groups: the minor version, the status, the reason.
 _STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9]\d\d)( {_HEADER_VALUE})?\r\n")
 # Matches `Content-Type: application/json`, or the empty line at the end (groups: None).
 _FIELD_LINE = re.compile(rf"(?:({_HEADER_NAME}):({_HEADER_VALUE}))?\r\n")
@@ -900,7 +900,7 @@ class _Connection:
         lengths = headers.get_all("Content-Length", [])
         body = b""
         if status in (204, 304) or request.startswith(b"CONNECT"):
-            # No body is expected. Do not keep the connection, in case one comes (open_tunnel does).
+            # No body is expected. Not reusable, in case one comes. (open_tunnel() ignores this.)
             keep_alive = False
         elif encodings + lengths:
             body = self.read_body(encodings, lengths)
@@ -959,7 +959,7 @@ class _Connection:
                 raise ConnectionError("malformed response: a chunk exceeds its size")
 
     def read(self, size: int) -> bytes:
-        """Read exactly `size` bytes, if they are not too many for self.reader to allocate."""
+        """Read exactly `size` bytes. Check the size first, as self.reader allocates that much."""
         if size > _MAX_RESPONSE_BYTES:
             raise ConnectionError("the response exceeds 1 MiB")
         data = self.reader.read(size)

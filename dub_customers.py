@@ -726,7 +726,6 @@ class _KeepAliveHandler(BaseHandler):
         return None
 
     def fetch_over(self, connection: _Connection, request: bytes, deadline: float) -> _Response:
-        """Send a request over this connection, then keep or close the connection."""
         try:
             response = connection.exchange(request, deadline)
         except BaseException:
@@ -1001,8 +1000,9 @@ _ERRORS = {
 def _parse_response(response: addinfourl) -> Customer:
     """The customer in a response. Raises APIError or ResponseValidationError."""
     status = response.code or 0
-    with response:
-        body = response.read()
+    # Not response.read(), which addinfourl wraps anew each time: that takes a tenth of a call.
+    body = response.fp.read()
+    response.close()
     data: Any = None
     with suppress(ValueError, RecursionError):
         data = json.loads(body.decode("utf-8-sig"))  # maybe with a byte order mark

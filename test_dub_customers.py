@@ -701,7 +701,7 @@ def test_timeout_ends_a_response_that_drips(raw, tls, drop):
     assert server.connections == 1
 
 
-def test_timeout_ends_a_request_that_the_server_reads_slowly(raw):
+def test_timeout_ends_a_request_that_is_read_slowly(raw):
     def script(peer):
         while not done.wait(0.01):
             peer.sock.recv(4096)

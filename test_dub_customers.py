@@ -1229,7 +1229,7 @@ BAD_PROXIES += ["http://u:s3cr3t\udcff@h", "http://u:s3cr3t\t@h"]
 
 
 @parametrize("setting", BAD_PROXIES)
-def test_proxy_setting_that_is_not_supported_is_refused_unseen(monkeypatch, setting):
+def test_unsupported_proxy_setting_is_refused_unseen(monkeypatch, setting):
     monkeypatch.setenv("https_proxy", setting)
     assert re.match("ValueError: https_proxy: .*http://.*socks5:", refusal(Dub, TOKEN))
 

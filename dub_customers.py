@@ -365,10 +365,10 @@ class Dub:
         name resolution, a token function, or a TLS handshake while the server keeps sending data.
     max_retries: how many times a failed request may be sent again. The immediate resend when a
         kept connection turns out to be closed is not counted.
-    ssl_context: used in place of `ssl.create_default_context()`. It cannot be pickled.
+    ssl_context: used in place of `ssl.create_default_context()`. Such a client cannot be pickled.
 
-    Invalid arguments raise TypeError or ValueError. Creating a client looks up the proxy, as
-    urllib does. Threads can share it. It can be used after a fork, and pickled (with its token).
+    Invalid arguments raise TypeError or ValueError. A new client looks up the proxy as urllib does.
+    Threads can share a client. It can be used after a fork, and pickled (with its token).
     """
 
     def __init__(
@@ -474,7 +474,7 @@ class Customers:
             backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
 
     def _send(self, request: Request, timeout_ms: float, deadline: float) -> addinfourl:
-        """Send a request once, and log it. Failures are OSErrors: raise NoResponseError instead."""
+        """Send a request once, and log it. Converts an OSError to a NoResponseError."""
         started = time.monotonic()
         outcome = "interrupted"
         try:
